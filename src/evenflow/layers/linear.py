@@ -1,0 +1,58 @@
+"""Matrix products whose weight is split over the tensor-parallel ranks by rows or by columns."""
+
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evenflow.layers.loading import Placement, Slot
+
+
+class ColumnParallelLinear(nn.Module):
+    """One product for several checkpoint tensors: parts = {"q_proj": 4096, "k_proj": 1024, "v_proj": 1024}.
+
+    Every rank has a slice of each part's output. forward: [T, in_features] -> [T, sum of our slices].
+    """
+
+    def __init__(self, in_features: int, parts: dict[str, int], bias: bool, place: Placement) -> None:
+        super().__init__()
+        self.in_features, self.tp, self.full_parts = in_features, place.tp, parts
+        self.parts = {name: place.tp.split(name, size) for name, size in parts.items()}
+        out_features = sum(self.parts.values())
+        self.weight = place.empty(out_features, in_features)
+        self.bias = place.empty(out_features) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def slots(self) -> Iterator[tuple[str, Slot]]:
+        sizes = list(self.parts.values())
+        for index, (name, size) in enumerate(self.parts.items()):
+            full, rows = self.full_parts[name], self.tp.slice(size)
+            yield f"{name}.weight", Slot(self.weight.split(sizes)[index], (full, self.in_features), (rows,))
+            if self.bias is not None:
+                yield f"{name}.bias", Slot(self.bias.split(sizes)[index], (full,), (rows,))
+
+
+class RowParallelLinear(nn.Module):
+    """Every rank has a slice of the input and of the sum over it. forward: [T, our inputs] -> [T, out_features]."""
+
+    def __init__(self, name: str, in_features: int, out_features: int, bias: bool, place: Placement) -> None:
+        super().__init__()
+        self.name, self.tp, self.full_in_features = name, place.tp, in_features
+        self.in_features = place.tp.split(name, in_features)
+        self.weight = place.empty(out_features, self.in_features)
+        self.bias = place.empty(out_features) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            return F.linear(x, self.weight, self.bias)
+        out = self.tp.all_reduce(F.linear(x, self.weight))
+        return out if self.bias is None else out + self.bias
+
+    def slots(self) -> Iterator[tuple[str, Slot]]:
+        out_features = self.weight.shape[0]
+        index = (slice(None), self.tp.slice(self.in_features))
+        yield f"{self.name}.weight", Slot(self.weight, (out_features, self.full_in_features), index)
+        if self.bias is not None:
+            yield f"{self.name}.bias", Slot(self.bias, (out_features,))

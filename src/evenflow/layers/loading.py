@@ -1,0 +1,52 @@
+"""How checkpoint tensors find their parameters: every layer offers slots, and every slot is filled exactly once."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from evenflow.distributed import TensorParallel
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a model's parameters are made."""
+
+    device: torch.device
+    dtype: torch.dtype
+    tp: TensorParallel = TensorParallel()
+
+    def empty(self, *shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=self.device), requires_grad=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A checkpoint tensor of `shape`, of which the part `index` belongs into `target`."""
+
+    target: Tensor
+    shape: tuple[int, ...]
+    index: tuple[slice, ...] = ()
+
+
+@runtime_checkable
+class HasSlots(Protocol):
+    def slots(self) -> Iterator[tuple[str, Slot]]:
+        """(name in the checkpoint relative to the layer's parent, slot) of every parameter of the layer."""
+
+
+def checkpoint_slots(model: nn.Module) -> dict[str, Slot]:
+    """Every tensor that the checkpoint must have. A parameter that no layer's slots cover has its own name and shape."""
+    slots: dict[str, Slot] = {}
+    covered: set[str] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, HasSlots):
+            parent = path.rpartition(".")[0]
+            slots.update({f"{parent}.{name}" if parent else name: slot for name, slot in module.slots()})
+            covered.update(f"{path}.{name}" for name, _ in module.named_parameters(recurse=False))
+    for name, parameter in model.named_parameters():
+        if name not in covered:
+            slots[name] = Slot(parameter.data, tuple(parameter.shape))
+    return slots

@@ -1,0 +1,20 @@
+"""LLaMA's gated MLP."""
+
+from torch import Tensor, nn
+
+from evenflow.kernels.silu_and_mul import silu_and_mul
+from evenflow.layers.linear import ColumnParallelLinear, RowParallelLinear
+from evenflow.layers.loading import Placement
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)); gate and up are one product. [T, hidden] -> [T, hidden]."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, place: Placement) -> None:
+        super().__init__()
+        parts = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
+        self.gate_up_proj = ColumnParallelLinear(hidden_size, parts, bias, place)
+        self.down_proj = RowParallelLinear("down_proj", intermediate_size, hidden_size, bias, place)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))

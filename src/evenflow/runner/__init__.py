@@ -1,0 +1,1 @@
+"""Mechanism: turns a StepPlan into sampled tokens. Decides nothing about who runs."""

@@ -1,0 +1,78 @@
+"""The memory of keys and values: how many blocks fit, the account of it in one line, and the tensors."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evenflow.config import DTYPE_BYTES, Settings
+from evenflow.model_config import ModelConfig
+from evenflow.platforms import cpu
+
+MAX_CPU_SHARE = 0.5  # of the free memory: a CPU's memory is the whole machine's
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What the engine's memory goes to, in bytes, and what fits into it."""
+
+    weight_bytes: int
+    activation_bytes: int
+    cache_bytes: int
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+
+    def __str__(self) -> str:
+        num_tokens = self.num_blocks * self.block_size
+        return (
+            f"memory: weights {_size(self.weight_bytes)}, activations {_size(self.activation_bytes)}, "
+            f"KV cache {_size(self.cache_bytes)} = {num_tokens:,} tokens in {self.num_blocks:,} blocks, "
+            f"{num_tokens / self.max_model_len:.1f} requests of {self.max_model_len:,} tokens"
+        )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def plan_memory(settings: Settings, model: ModelConfig, weight_bytes: int) -> MemoryPlan:
+    """Size the cache. Raises ValueError with the numbers and the way out when no full-length request would fit."""
+    activation_bytes = activation_bytes_on_cpu(settings, model)
+    block_bytes = settings.block_size * settings.kv_bytes_per_token(model)
+    useful_blocks = settings.max_num_seqs * -(-settings.max_model_len // settings.block_size)
+    if settings.kv_cache_bytes:
+        num_blocks = settings.kv_cache_bytes // block_bytes
+    else:
+        share = min(settings.gpu_memory_utilization, MAX_CPU_SHARE)
+        free_bytes = int(cpu.available_memory_bytes() * share) - activation_bytes
+        num_blocks = min(max(free_bytes, 0) // block_bytes, useful_blocks)
+    max_model_len = settings.max_model_len
+    if num_blocks * settings.block_size < max_model_len:
+        if not settings.fit_max_model_len or num_blocks == 0:
+            raise ValueError(
+                f"the KV cache holds {num_blocks * settings.block_size} tokens, fewer than max_model_len={max_model_len} "
+                f"({_size(max_model_len * settings.kv_bytes_per_token(model))}); "
+                "lower max_model_len or raise kv_cache_memory"
+            )
+        max_model_len = num_blocks * settings.block_size
+    return MemoryPlan(
+        weight_bytes, activation_bytes, num_blocks * block_bytes, num_blocks, settings.block_size, max_model_len
+    )
+
+
+def activation_bytes_on_cpu(settings: Settings, model: ModelConfig) -> int:
+    """The largest step's temporaries: residual stream and MLP of every token, logits and probabilities of every row."""
+    per_token = 6 * model.hidden_size + 3 * model.intermediate_size + 3 * (model.num_heads + 2) * model.head_dim
+    tokens = settings.max_num_batched_tokens * per_token * DTYPE_BYTES[settings.dtype]
+    return tokens + 6 * settings.max_num_seqs * model.vocab_size * 4
+
+
+def make_caches(memory: MemoryPlan, settings: Settings, model: ModelConfig, device: torch.device) -> list[Tensor]:
+    """One [num_blocks, 2, Hkv, block_size, head_dim] per layer.
+
+    Zeroed: a masked key's weight is 0, and 0 times what an uninitialised page may hold is not 0.
+    """
+    shape = (memory.num_blocks, 2, model.num_kv_heads, settings.block_size, model.head_dim)
+    dtype = getattr(torch, settings.kv_cache_dtype)
+    return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(model.num_layers)]

@@ -1,0 +1,77 @@
+"""Fills a model's parameters from safetensors files, each slot exactly once, or with random numbers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from evenflow.layers.loading import Slot, checkpoint_slots
+from evenflow.model_files import weight_files
+
+FLOATS = {"F32", "F16", "BF16"}
+DUMMY_STD = 0.02  # what most models are initialised with
+
+
+def load_weights(model: nn.Module, directory: Path, *, is_tied: bool) -> None:
+    """Read the checkpoint of `directory`. Raises ValueError naming the tensor that is missing, surplus or misshaped."""
+    slots = checkpoint_slots(model)
+    filled: set[str] = set()
+    for path in weight_files(directory):
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                if name.endswith("rotary_emb.inv_freq"):
+                    continue  # old LLaMA checkpoints store what config.json already says
+                if name == "lm_head.weight" and is_tied and name not in slots:
+                    _check_tied(file, directory)
+                    continue
+                if name not in slots:
+                    raise ValueError(f"{path.name}: tensor {name!r} has no place in {type(model).__name__}")
+                if name in filled:
+                    raise ValueError(f"{path.name}: tensor {name!r} is there twice")
+                _fill(slots[name], file, name, path.name)
+                filled.add(name)
+    if missing := slots.keys() - filled:
+        raise ValueError(f"{directory} lacks {len(missing)} tensors, first {min(missing)!r}")
+
+
+def _fill(slot: Slot, file: "safe_open", name: str, file_name: str) -> None:
+    part = file.get_slice(name)
+    if (dtype := part.get_dtype()) not in FLOATS:
+        raise ValueError(f"{file_name}: tensor {name!r} has dtype {dtype}, which is not implemented (F32, F16, BF16)")
+    if (shape := tuple(part.get_shape())) != slot.shape:
+        raise ValueError(f"{file_name}: tensor {name!r} has shape {list(shape)}, config.json asks for {list(slot.shape)}")
+    slot.target.copy_(part[slot.index or slice(None)])
+
+
+def _check_tied(file: "safe_open", directory: Path) -> None:
+    """A tied checkpoint may carry its head as well, if it is the embedding."""
+    embedding = "model.embed_tokens.weight"
+    if embedding in file.keys() and not torch.equal(file.get_tensor("lm_head.weight"), file.get_tensor(embedding)):  # noqa: SIM118
+        raise ValueError(
+            f"{directory}: lm_head.weight differs from the embedding although config.json says tie_word_embeddings; "
+            "set it to false"
+        )
+
+
+@contextmanager
+def _open(path: Path) -> Iterator["safe_open"]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a valid safetensors file: {error}; download it again") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def fill_dummy(model: nn.Module, seed: int) -> None:
+    """Random weights, made on the parameters' own device: normal with the usual deviation, norms 1, biases 0."""
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        if parameter.dim() == 1:
+            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            generator = torch.Generator(parameter.device).manual_seed(seed * 100_003 + index)
+            parameter.data.normal_(0.0, DUMMY_STD, generator=generator)

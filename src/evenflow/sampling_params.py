@@ -1,0 +1,147 @@
+"""How one request is sampled. Owns the parameters and their ranges; knows no model, tokenizer or tensor.
+
+Names and defaults are vLLM's. Every value is checked here, with comparisons that a NaN cannot pass.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+MAX_SEED = 2**64 - 1
+MAX_N = 128
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 1000
+MAX_LOGIT_BIAS = 1024
+MAX_BAD_WORDS = 1024
+
+
+def _check_number(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
+    """`low <= value <= high` (`low < value` if `above`); a NaN, a bool or a string is refused."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not low <= value <= high or (above and value == low):  # type: ignore[arg-type, operator]
+        bracket = "(" if above else "["
+        raise ValueError(f"{name}={value!r} must be a number in {bracket}{low:g}, {high:g}]")
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name}={value!r} must be an integer from {low} to {high}")
+
+
+def _check_strings(name: str, values: object, max_count: int) -> None:
+    if not isinstance(values, list) or len(values) > max_count:
+        raise ValueError(f"{name} must be a list of at most {max_count} strings")
+    for value in values:
+        if not isinstance(value, str) or not 0 < len(value) <= MAX_STOP_LENGTH:
+            raise ValueError(f"{name} entry {value!r:.80} must be a string of 1 to {MAX_STOP_LENGTH} characters")
+
+
+def _check_token_ids(name: str, values: object, max_count: int) -> None:
+    if not isinstance(values, list) or len(values) > max_count:
+        raise ValueError(f"{name} must be a list of at most {max_count} token ids")
+    for value in values:
+        _check_int(f"{name} entry", value, 0, 2**31 - 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """Sampling parameters of one request. Raises ValueError that names the field, its value and the range.
+
+    n: completions per prompt. temperature: 0 is greedy. top_k: 0 or -1 keeps all. min_p: relative to the best token.
+    presence_penalty, frequency_penalty: OpenAI's, over output tokens. repetition_penalty: over prompt and output.
+    seed: with a seed the tokens depend on the prompt, the parameters and the weights, not on the rest of the batch.
+    stop: strings that end the text and are left out of it (`include_stop_str_in_output` keeps them).
+    max_tokens: None means up to the context. logprobs / prompt_logprobs: how many alternatives to return per token.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: list[str] = field(default_factory=list)
+    stop_token_ids: list[int] = field(default_factory=list)
+    bad_words: list[str] = field(default_factory=list)
+    ignore_eos: bool = False
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    detokenize: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", [self.stop])
+        if self.stop is None:
+            object.__setattr__(self, "stop", [])
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        self._check_ranges()
+        self._check_lists()
+
+    def _check_ranges(self) -> None:
+        _check_int("n", self.n, 1, MAX_N)
+        _check_number("temperature", self.temperature, 0.0, 100.0)
+        _check_number("top_p", self.top_p, 0.0, 1.0, above=True)
+        _check_int("top_k", self.top_k, 0, 2**31 - 1)
+        _check_number("min_p", self.min_p, 0.0, 1.0)
+        _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
+        if self.seed is not None:
+            _check_int("seed", self.seed, -(2**63), MAX_SEED)
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _check_int("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 0, 2**31 - 1)
+
+    def _check_lists(self) -> None:
+        _check_strings("stop", self.stop, MAX_STOP_STRINGS)
+        _check_strings("bad_words", self.bad_words, MAX_BAD_WORDS)
+        _check_token_ids("stop_token_ids", self.stop_token_ids, MAX_LOGIT_BIAS)
+        if not isinstance(self.logit_bias, dict) or len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise ValueError(f"logit_bias must map at most {MAX_LOGIT_BIAS} token ids to numbers")
+        for token_id, bias in self.logit_bias.items():
+            _check_int("logit_bias key", token_id, 0, 2**31 - 1)
+            _check_number(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "detokenize"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        if self.stop and not self.detokenize:
+            raise ValueError("stop strings need detokenize=True; use stop_token_ids with detokenize=False")
+
+    def replace(self, **changes: Any) -> "SamplingParams":
+        """A copy with `changes`, checked again."""
+        return SamplingParams(**{f.name: getattr(self, f.name) for f in fields(self)} | changes)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BeamSearchParams:
+    """Beam search of one prompt: the `beam_width` best sequences by summed log-probability over length**length_penalty."""
+
+    beam_width: int
+    max_tokens: int = 16
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_int("beam_width", self.beam_width, 1, 64)
+        _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _check_number("temperature", self.temperature, 0.0, 100.0)
+        _check_number("length_penalty", self.length_penalty, -10.0, 10.0)
