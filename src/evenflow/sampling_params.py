@@ -132,16 +132,17 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BeamSearchParams:
-    """Beam search of one prompt: the `beam_width` best sequences by summed log-probability over length**length_penalty."""
+    """Beam search of one prompt: the `beam_width` best continuations by log-probability / length ** length_penalty.
+
+    The length counts generated tokens, the end-of-sequence token included.
+    """
 
     beam_width: int
     max_tokens: int = 16
     ignore_eos: bool = False
-    temperature: float = 0.0
     length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         _check_int("beam_width", self.beam_width, 1, 64)
         _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _check_number("temperature", self.temperature, 0.0, 100.0)
         _check_number("length_penalty", self.length_penalty, -10.0, 10.0)

@@ -13,8 +13,9 @@ def rotary_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """
     half = x.shape[-1] // 2
     first, second = x[..., :half].float(), x[..., half:].float()
-    x[..., :half] = first * cos - second * sin
+    rotated = first * cos - second * sin  # kept apart: `first` may be a view of what is written next
     x[..., half:] = second * cos + first * sin
+    x[..., :half] = rotated
 
 
 def store_kv(kv: Tensor, kv_cache: Tensor, store_index: Tensor) -> None:

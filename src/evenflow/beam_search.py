@@ -1,0 +1,77 @@
+"""Beam search over an engine that continues sequences by one token. Owns the beams; the prefix cache keeps it cheap."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from evenflow.sampling_params import BeamSearchParams
+
+# Sequences of token ids -> for each, its best next tokens with their log-probabilities, best first.
+NextTokens = Callable[[Sequence[list[int]]], list[list[tuple[int, float]]]]
+
+
+@dataclass(frozen=True, slots=True)
+class BeamSequence:
+    """One continuation. token_ids: generated ones only, with the end-of-sequence token if it ended so."""
+
+    token_ids: list[int]
+    cumulative_logprob: float
+    finish_reason: str | None = None
+    text: str = ""
+
+    def score(self, length_penalty: float) -> float:
+        return self.cumulative_logprob / max(len(self.token_ids), 1) ** length_penalty
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    """The best continuations of one prompt, best first."""
+
+    prompt_token_ids: list[int]
+    sequences: list[BeamSequence]
+
+
+@dataclass(slots=True)
+class _Search:
+    prompt: list[int]
+    beams: list[BeamSequence] = field(default_factory=lambda: [BeamSequence([], 0.0)])
+    ended: list[BeamSequence] = field(default_factory=list)
+
+
+def beam_search(
+    prompts: Sequence[list[int]], params: BeamSearchParams, eos_token_ids: frozenset[int], next_tokens: NextTokens
+) -> list[BeamSearchOutput]:
+    """Search every prompt at once, a token per step. next_tokens must return at least 2 * beam_width candidates."""
+    searches = [_Search(list(prompt)) for prompt in prompts]
+    ends = frozenset() if params.ignore_eos else eos_token_ids
+    for _ in range(params.max_tokens):
+        live = [(search, beam) for search in searches for beam in search.beams]
+        if not live:
+            break
+        found = iter(next_tokens([search.prompt + beam.token_ids for search, beam in live]))
+        for search in searches:
+            _extend(search, [next(found) for _ in search.beams], params.beam_width, ends)
+    return [BeamSearchOutput(search.prompt, _best(search, params)) for search in searches]
+
+
+def _extend(search: _Search, found: list[list[tuple[int, float]]], width: int, ends: frozenset[int]) -> None:
+    """The best `width` open continuations go on; an end among the best `width` candidates is kept aside."""
+    candidates = [
+        BeamSequence([*beam.token_ids, token_id], beam.cumulative_logprob + logprob)
+        for beam, tokens in zip(search.beams, found, strict=True)
+        for token_id, logprob in tokens[: 2 * width]
+    ]
+    candidates.sort(key=lambda beam: beam.cumulative_logprob, reverse=True)
+    search.beams = []
+    for rank, beam in enumerate(candidates):
+        if beam.token_ids[-1] not in ends:
+            search.beams.append(beam)
+        elif rank < width:
+            search.ended.append(BeamSequence(beam.token_ids, beam.cumulative_logprob, "stop"))
+        if len(search.beams) == width:
+            break
+
+
+def _best(search: _Search, params: BeamSearchParams) -> list[BeamSequence]:
+    unended = [BeamSequence(beam.token_ids, beam.cumulative_logprob, "length") for beam in search.beams]
+    sequences = sorted(search.ended + unended, key=lambda beam: beam.score(params.length_penalty), reverse=True)
+    return sequences[: params.beam_width]

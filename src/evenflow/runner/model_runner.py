@@ -1,0 +1,90 @@
+"""One rank's runner: owns the model, the paged cache and the slots' state; executes StepPlans."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evenflow.config import Settings
+from evenflow.layers.attention import LayerBatch
+from evenflow.layers.loading import Placement
+from evenflow.layers.rotary import cos_sin
+from evenflow.model_config import ModelConfig
+from evenflow.models import make_model
+from evenflow.request import StepPlan, StepResult, TokenLogprobs
+from evenflow.runner.batch import Batch, SlotState
+from evenflow.runner.kv_cache import MemoryPlan, make_caches, plan_memory
+from evenflow.runner.sampler import Sampler
+from evenflow.runner.weights import fill_dummy, load_weights
+
+
+class ModelRunner:
+    """Turns a StepPlan into a StepResult. `directory` holds the checkpoint and is not read with load_format="dummy".
+
+    Raises ValueError when the weights do not fit the configuration, or the cache would not hold one request.
+    """
+
+    def __init__(self, settings: Settings, model_config: ModelConfig, directory: Path) -> None:
+        self.device = torch.device(settings.device)
+        self.model_config = model_config
+        self.model = make_model(model_config, Placement(self.device, getattr(torch, settings.dtype)))
+        if settings.load_format == "dummy":
+            fill_dummy(self.model, settings.seed)
+        else:
+            load_weights(self.model, directory, is_tied=model_config.tie_word_embeddings)
+        weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        self.memory: MemoryPlan = plan_memory(settings, model_config, weight_bytes)
+        self.kv_caches = make_caches(self.memory, settings, model_config, self.device)
+        max_model_len = self.memory.max_model_len
+        self.cos, self.sin = cos_sin(model_config.rope, model_config.head_dim, max_model_len, self.device)
+        self.slots = SlotState(settings.max_num_seqs, max_model_len, settings.block_size)
+        self.sampler = Sampler(settings.max_num_seqs, model_config.vocab_size, self.device)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Compute the plan's tokens, write their keys and values, and sample. Rows of the result are the plan's."""
+        for request in plan.admitted:
+            self.slots.admit(request)
+            self.sampler.admit(request)
+        if plan.zero_block_ids:
+            for kv_cache in self.kv_caches:
+                kv_cache[plan.zero_block_ids] = 0
+        batch = self.slots.make_batch(plan.rows, self.model_config.num_kv_heads)
+        layer_batch = LayerBatch(self.cos[batch.positions], self.sin[batch.positions], batch.attention)
+        hidden = self.model(batch.token_ids, layer_batch, self.kv_caches)
+        prompt_logprobs = self._prompt_logprobs(batch, hidden)
+        if not len(batch.sampling_rows):
+            return StepResult([-1] * len(plan.rows), prompt_logprobs=prompt_logprobs)
+        return self._sample(batch, hidden, prompt_logprobs)
+
+    def _sample(self, batch: Batch, hidden: Tensor, prompt_logprobs: dict[int, list[TokenLogprobs]]) -> StepResult:
+        rows, slots = batch.sampling_rows, batch.slots[batch.sampling_rows]
+        lengths = batch.ends[rows]
+        logits = self.model.logits(hidden[batch.sampling_tokens])
+        sampled = self.sampler.sample(logits, slots, lengths, self.slots.token_ids)
+        token_ids = np.full(len(batch.slots), -1, dtype=np.int64)
+        token_ids[rows] = sampled.token_ids
+        self.slots.token_ids[slots, lengths] = np.maximum(sampled.token_ids, 0)
+        return StepResult(
+            token_ids.tolist(),
+            logprobs={int(rows[i]): logprobs for i, logprobs in sampled.logprobs.items()},
+            prompt_logprobs=prompt_logprobs,
+            errors={int(rows[i]): "the model's logits are not finite" for i in sampled.bad_rows},
+        )
+
+    def _prompt_logprobs(self, batch: Batch, hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
+        """Of the rows that ask: for each prompt position p computed in this step, log-probabilities of token p + 1."""
+        wanted = self.slots.wants_prompt_logprobs[batch.slots]
+        found: dict[int, list[TokenLogprobs]] = {}
+        for row in np.flatnonzero(wanted >= 0).tolist():
+            slot, start = batch.slots[row], int(batch.starts[row])
+            end = min(int(batch.ends[row]), int(self.slots.num_prompt_tokens[slot]) - 1)
+            if end <= start:
+                continue
+            first = int(batch.query_starts[row])
+            targets = torch.from_numpy(self.slots.token_ids[slot, start + 1 : end + 1])
+            found[row] = self.sampler.prompt_logprobs(
+                self.model.logits, hidden[first : first + end - start], targets, int(wanted[row])
+            )
+        return found
