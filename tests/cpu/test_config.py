@@ -1,0 +1,180 @@
+"""EngineConfig, config.json and their resolution: every refusal names the key, the value and the way out."""
+
+import dataclasses
+import json
+
+import pytest
+
+from evenflow.config import EngineConfig, Settings, parse_bytes, resolve
+from evenflow.model_config import ModelConfig
+from evenflow.platforms import Platform, cpu
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 4096,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-5,
+}
+QWEN3 = LLAMA | {"model_type": "qwen3", "num_key_value_heads": 8}
+GPU = Platform("gpu", "cuda", "any", 32, "float8_e4m3fn", 2**16, True, 2**36, "bfloat16")
+CPU = cpu.detect()
+
+
+def test_llama_2_7b_has_its_known_sizes():
+    config = ModelConfig.from_hf(LLAMA)
+    assert config.num_parameters == 6_738_415_616
+    assert config.kv_elements_per_token * 2 == 524_288
+    assert (config.num_kv_heads, config.head_dim, config.rope.theta, config.windows) == (32, 128, 10000.0, (None,) * 32)
+
+
+def test_resolution_is_complete_and_says_why():
+    resolution = resolve(EngineConfig(model="m", kv_cache_memory="2GiB"), ModelConfig.from_hf(LLAMA), CPU)
+    settings = resolution.settings
+    assert {f.name for f in dataclasses.fields(Settings)} == set(resolution.reasons)
+    assert all(resolution.reasons.values())
+    assert [f.name for f in dataclasses.fields(settings) if getattr(settings, f.name) is None] == ["revision"]
+    assert (settings.kv_cache_bytes, settings.max_model_len, settings.dtype) == (2**31, 4096, "float32")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.block_size = 1
+
+
+@pytest.mark.parametrize(
+    ("options", "platform", "field", "value"),
+    [
+        ({}, CPU, "max_num_batched_tokens", 2048),
+        ({}, GPU, "max_num_batched_tokens", 8192),
+        ({"max_num_seqs": 7}, CPU, "max_num_seqs", 7),
+        ({"max_model_len": 100}, CPU, "max_model_len", 100),
+        ({"max_model_len": 100}, CPU, "fit_max_model_len", False),
+        ({}, CPU, "fit_max_model_len", True),
+        ({}, GPU, "dtype", "bfloat16"),
+        ({"dtype": "float16"}, GPU, "dtype", "float16"),
+        ({"dtype": "float16"}, CPU, "kv_cache_dtype", "float16"),
+        ({"kv_cache_dtype": "bfloat16"}, CPU, "kv_cache_dtype", "bfloat16"),
+        ({"enable_chunked_prefill": False}, CPU, "max_num_batched_tokens", 4096),
+        ({"load_format": "dummy"}, CPU, "load_format", "dummy"),
+        ({}, CPU, "load_format", "safetensors"),
+    ],
+)
+def test_resolution(options, platform, field, value):
+    config = EngineConfig(model="m", **options)
+    assert getattr(resolve(config, ModelConfig.from_hf(LLAMA), platform).settings, field) == value
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_model_len": 0}, "max_model_len=0 must be an integer of at least 1"),
+        ({"max_model_len": 2.5}, "max_model_len=2.5 must be"),
+        ({"block_size": True}, "block_size=True must be"),
+        ({"max_num_seqs": -1}, "max_num_seqs=-1"),
+        ({"dtype": "int8"}, "dtype='int8' must be one of auto, float32"),
+        ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization=nan must be in"),
+        ({"gpu_memory_utilization": 0.0}, "gpu_memory_utilization=0.0"),
+        ({"kv_cache_memory": "lots"}, "kv_cache_memory='lots' must be a size such as 4GiB"),
+        ({"load_format": "pt"}, "load_format='pt' must be one of"),
+    ],
+)
+def test_engine_config_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(model="m", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_model_len": 5000}, "max_model_len=5000 exceeds the model's context of 4096 tokens; lower it"),
+        (
+            {"enable_chunked_prefill": False, "max_num_batched_tokens": 100},
+            "max_num_batched_tokens=100 is below max_model_len=4096",
+        ),
+    ],
+)
+def test_resolution_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(EngineConfig(model="m", **options), ModelConfig.from_hf(LLAMA), CPU)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("4GiB", 2**32), ("1.5g", 3 * 2**29), ("512 MB", 512_000_000), ("1e9", 10**9), ("77", 77), ("2KiB", 2048)],
+)
+def test_sizes(text, num_bytes):
+    assert parse_bytes("kv_cache_memory", text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1XB", "0", "nan", "inf", "1 2"])
+def test_sizes_refused(text):
+    with pytest.raises(ValueError, match="kv_cache_memory="):
+        parse_bytes("kv_cache_memory", text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not implemented; implemented are llama"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not implemented for llama"),
+        ({"logits_scaling": 8.0}, "logits_scaling=8.0 is not implemented for llama; if it does not change"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config=.* is not implemented"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope type 'longrope' is not implemented"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope type 'linear' needs a factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, "factor=-1 must be a positive number"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "x": 1}}, "rope parameter 'x' is not implemented"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not implemented"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=32"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 must be a positive integer"),
+        ({"hidden_size": "big"}, "hidden_size='big' must be a positive integer"),
+        ({"vocab_size": None}, "vocab_size=None must be a positive integer"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan must be a positive number"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no' must be true or false"),
+        ({"torch_dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not implemented"),
+        ({"hidden_size": 4100}, "hidden_size=4100 is no multiple"),
+        ({"head_dim": 33}, "head_dim=33 must be even"),
+        ({"eos_token_id": [1, "x"]}, "eos_token_id=.* must be a token id or a list of them"),
+    ],
+)
+def test_config_json_is_read_strictly(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(LLAMA | changes)
+
+
+def test_no_model_type():
+    with pytest.raises(ValueError, match="no model_type"):
+        ModelConfig.from_hf({"hidden_size": 1})
+
+
+def test_keys_without_effect_are_accepted():
+    harmless = {"architectures": ["X"], "pretraining_tp": 1, "use_cache": True, "new_key": None, "other": False}
+    assert ModelConfig.from_hf(LLAMA | harmless) == ModelConfig.from_hf(LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("changes", "windows"),
+    [
+        ({"model_type": "mistral", "num_key_value_heads": 8}, (4096,) * 32),
+        ({"model_type": "mistral", "num_key_value_heads": 8, "sliding_window": None}, (None,) * 32),
+        ({"model_type": "mistral", "num_key_value_heads": 8, "sliding_window": 7}, (7,) * 32),
+        ({"model_type": "qwen2", "num_key_value_heads": 8, "sliding_window": 7}, (None,) * 32),
+        (
+            {
+                "model_type": "qwen2",
+                "num_key_value_heads": 8,
+                "sliding_window": 7,
+                "use_sliding_window": True,
+                "max_window_layers": 30,
+            },
+            (None,) * 30 + (7,) * 2,
+        ),
+    ],
+)
+def test_windows(changes, windows):
+    assert ModelConfig.from_hf(LLAMA | changes).windows == windows
+
+
+def test_config_survives_json():
+    assert ModelConfig.from_hf(json.loads(json.dumps(QWEN3))).head_dim == 128
