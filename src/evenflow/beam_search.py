@@ -19,7 +19,8 @@ class BeamSequence:
     text: str = ""
 
     def score(self, length_penalty: float) -> float:
-        return self.cumulative_logprob / max(len(self.token_ids), 1) ** length_penalty
+        length: float = max(len(self.token_ids), 1) ** length_penalty
+        return self.cumulative_logprob / length
 
 
 @dataclass(slots=True)

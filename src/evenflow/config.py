@@ -1,7 +1,7 @@
 """What the user asked (EngineConfig) and the facts of the model (ModelConfig) become what runs (Settings), once.
 
-Owns the names, defaults, ranges and their resolution, with the reason of every resolved value. Imports no torch, so that
-`plan` and `--help` answer at once. How a model's config.json is read is in model_config.py.
+Owns the names, defaults, ranges and their resolution, with the reason of every resolved value. Imports no torch, so
+that `plan` and `--help` answer at once. How a model's config.json is read is in model_config.py.
 """
 
 import dataclasses
@@ -113,7 +113,9 @@ class Resolution:
 
 def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Resolution:
     """Decide everything that the user left open. A pure function; raises ValueError that names the setting."""
-    reasons = {f.name: "asked for" if getattr(config, f.name) != f.default else "default" for f in dataclasses.fields(config)}
+    reasons = {
+        f.name: "asked for" if getattr(config, f.name) != f.default else "default" for f in dataclasses.fields(config)
+    }
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
 
     def decide(name: str, value: Any, reason: str) -> None:
@@ -124,7 +126,9 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Res
     values["device"], reasons["device"] = platform.device, f"found {platform.name}"
     decide("dtype", *_dtype(model, platform))
     decide("kv_cache_dtype", values["dtype"], "as dtype")
-    reasons["fit_max_model_len"] = "max_model_len was left open" if config.max_model_len is None else "max_model_len was given"
+    reasons["fit_max_model_len"] = (
+        "max_model_len was left open" if config.max_model_len is None else "max_model_len was given"
+    )
     decide("max_model_len", model.max_context, "the model's context")
     if values["max_model_len"] > model.max_context:
         raise ValueError(
@@ -133,14 +137,14 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Res
     on_gpu = platform.device != "cpu"
     decide("max_num_seqs", 256, "enough to be bound by memory, not by count")
     decide("max_num_batched_tokens", 8192 if on_gpu else 2048, "keeps a step short and the matrix units busy")
-    if not config.enable_chunked_prefill:
-        needed = max(values["max_num_batched_tokens"], values["max_model_len"])
-        if config.max_num_batched_tokens is not None and config.max_num_batched_tokens < needed:
+    if not config.enable_chunked_prefill and values["max_num_batched_tokens"] < values["max_model_len"]:
+        if config.max_num_batched_tokens is not None:
             raise ValueError(
-                f"max_num_batched_tokens={config.max_num_batched_tokens} is below max_model_len={values['max_model_len']}, "
-                "which needs enable_chunked_prefill"
+                f"max_num_batched_tokens={config.max_num_batched_tokens} is below "
+                f"max_model_len={values['max_model_len']}, which needs enable_chunked_prefill"
             )
-        values["max_num_batched_tokens"] = needed
+        values["max_num_batched_tokens"] = values["max_model_len"]
+        reasons["max_num_batched_tokens"] = "a whole prompt, since prefill is not chunked"
     decide("block_size", 16, "the kernels' page size")
     memory = config.kv_cache_memory
     values["kv_cache_bytes"] = parse_bytes("kv_cache_memory", memory) if memory is not None else 0
@@ -155,4 +159,8 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Res
 def _dtype(model: ModelConfig, platform: Platform) -> tuple[str, str]:
     if platform.default_dtype == "float32":
         return "float32", "exact, and the fastest on most CPUs"
-    return (model.dtype, "the checkpoint's") if model.dtype != "float32" else ("bfloat16", "half of the checkpoint's float32")
+    return (
+        (model.dtype, "the checkpoint's")
+        if model.dtype != "float32"
+        else ("bfloat16", "half of the checkpoint's float32")
+    )

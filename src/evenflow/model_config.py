@@ -12,12 +12,14 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 # Keys that say nothing about the computation of the next token.
 IGNORED = frozenset(
-    "architectures model_type transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id "
-    "unk_token_id initializer_range attention_dropout hidden_dropout _name_or_path name_or_path pretraining_tp "
-    "output_attentions output_hidden_states return_dict chunk_size_feed_forward id2label label2id is_decoder "
-    "problem_type tokenizer_class model_max_length max_length max_sequence_length task_specific_params "
-    "_attn_implementation _attn_implementation_autoset attn_implementation auto_map unsloth_version unsloth_fixed "
-    "language finetuning_task torchscript neftune_noise_alpha top_k top_p temperature do_sample".split()
+    """
+    architectures model_type transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id
+    unk_token_id initializer_range attention_dropout hidden_dropout _name_or_path name_or_path pretraining_tp
+    output_attentions output_hidden_states return_dict chunk_size_feed_forward id2label label2id is_decoder
+    problem_type tokenizer_class model_max_length max_length max_sequence_length task_specific_params
+    _attn_implementation _attn_implementation_autoset attn_implementation auto_map unsloth_version unsloth_fixed
+    language finetuning_task torchscript neftune_noise_alpha top_k top_p temperature do_sample
+    """.split()
 )
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -125,7 +127,9 @@ class _Reader:
     def only(self, key: str, allowed: tuple[Any, ...]) -> None:
         """The key may be absent or null; any other value than `allowed` is refused."""
         if (value := self.get(key)) is not None and value not in allowed:
-            raise ValueError(f"config.json: {key}={value!r} is not implemented for {self.model_type} (only {allowed[0]!r})")
+            raise ValueError(
+                f"config.json: {key}={value!r} is not implemented for {self.model_type} (only {allowed[0]!r})"
+            )
 
     def finish(self) -> None:
         for key, value in self.hf.items():
@@ -256,7 +260,7 @@ def _rope(reader: _Reader, max_position: int) -> tuple[RopeConfig, int]:
         if key != "truncate" and (not isinstance(value, (int, float)) or not 0 < value < float("inf")):
             raise ValueError(f"config.json: rope parameter {key}={value!r} must be a positive number")
     rope = RopeConfig(kind=kind, theta=float(theta), original_max_position=int(original), **fields)
-    return rope, _MAX_CONTEXT.get(kind, lambda _, position: position)(rope, max_position)
+    return rope, _MAX_CONTEXT[kind](rope, max_position) if kind in _MAX_CONTEXT else max_position
 
 
 _ROPE_KINDS: dict[str, tuple[str, ...]] = {

@@ -1,4 +1,4 @@
-"""Where a model's files are: a directory, a Hugging Face name, or the built-in demo. Finds and parses, loads no tensor."""
+"""Where a model's files are: a directory, a Hugging Face name, or the built-in demo. Loads no tensor."""
 
 import json
 from pathlib import Path
@@ -44,8 +44,9 @@ def _download(model: str, revision: str | None, patterns: tuple[str, ...]) -> Pa
             "check the network, or pass a local directory"
         ) from None
     except HfHubHTTPError as error:
+        cause = str(error).splitlines()[0]
         raise ValueError(
-            f"the Hugging Face hub refused model {model!r} (revision {revision or 'main'}): {str(error).splitlines()[0]}"
+            f"the Hugging Face hub refused model {model!r} (revision {revision or 'main'}): {cause}"
         ) from None
     except OSError as error:
         raise ValueError(f"model {model!r} could not be downloaded: {error}; check network and disk") from None

@@ -25,8 +25,9 @@ class FinishReason(str, Enum):
 class Request:
     """One sequence on its way through the engine. The front fills the first block, the scheduler owns the rest.
 
-    `token_ids` holds prompt and output and grows by one per sampled token. `max_tokens` is resolved (prompt + max_tokens
-    fits the context). `stop_token_ids` already contains the model's end-of-sequence ids unless the user ignores them.
+    `token_ids` holds prompt and output and grows by one per sampled token. `max_tokens` is resolved (prompt and
+    max_tokens fit the context). `stop_token_ids` contains the model's end-of-sequence ids unless the user ignores
+    them.
     """
 
     request_id: str
@@ -38,7 +39,9 @@ class Request:
     cache_salt: str = ""  # requests share cached blocks only with requests of the same salt
     num_prompt_tokens: int = 0  # set from token_ids
 
-    num_computed_tokens: int = 0  # tokens whose keys and values are in the cache, or will be once the launched steps ran
+    num_computed_tokens: int = (
+        0  # tokens whose keys and values are in the cache, or will be once the launched steps ran
+    )
     num_inflight_tokens: int = 0  # sampled by a launched step, not collected yet
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when first admitted
     num_preemptions: int = 0

@@ -65,7 +65,7 @@ class SamplingParams:
     seed: int | None = None
     max_tokens: int | None = 16
     min_tokens: int = 0
-    stop: list[str] = field(default_factory=list)
+    stop: list[str] = field(default_factory=list)  # one string is taken as a list of one
     stop_token_ids: list[int] = field(default_factory=list)
     bad_words: list[str] = field(default_factory=list)
     ignore_eos: bool = False
@@ -77,10 +77,9 @@ class SamplingParams:
     detokenize: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", [self.stop])
-        if self.stop is None:
-            object.__setattr__(self, "stop", [])
+        stop: Any = self.stop
+        if stop is None or isinstance(stop, str):
+            object.__setattr__(self, "stop", [] if stop is None else [stop])
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
         self._check_ranges()

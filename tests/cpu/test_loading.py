@@ -176,7 +176,9 @@ def test_model_names(tmp_path):
 
 def test_no_network_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match="'owner/name' is not in the local cache and the Hugging Face hub cannot be reached"):
+    with pytest.raises(
+        ValueError, match="'owner/name' is not in the local cache and the Hugging Face hub cannot be reached"
+    ):
         find_model("owner/name")
 
 
@@ -209,7 +211,10 @@ def test_shards_add_up(tmp_path, size, monkeypatch):
     parts = {"q_proj": 16, "k_proj": 8, "v_proj": 8}
     full = {f"{n}.weight": torch.randn(s, 8, generator=generator) for n, s in parts.items()}
     full |= {f"{n}.bias": torch.randn(s, generator=generator) for n, s in parts.items()}
-    full |= {"o_proj.weight": torch.randn(8, 16, generator=generator), "o_proj.bias": torch.randn(8, generator=generator)}
+    full |= {
+        "o_proj.weight": torch.randn(8, 16, generator=generator),
+        "o_proj.bias": torch.randn(8, generator=generator),
+    }
     save_file(full, tmp_path / "model.safetensors")
     x = torch.randn(3, 8, generator=generator)
     monkeypatch.setattr(TensorParallel, "all_reduce", lambda self, x: x)

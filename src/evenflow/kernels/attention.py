@@ -66,7 +66,7 @@ def paged_attention(q: Tensor, kv_cache: Tensor, batch: AttentionBatch, scale: f
 
     The keys and values of this step are already in the cache. window: attend to that many last tokens only.
     """
-    num_blocks, _, num_kv_heads, block_size, head_dim = kv_cache.shape
+    num_kv_heads, block_size, head_dim = kv_cache.shape[2:]
     if batch.groups is None:
         batch.groups = list(_make_groups(batch, q.shape[1], num_kv_heads, block_size, head_dim))
     pages = kv_cache.view(-1, block_size * head_dim)
@@ -108,13 +108,17 @@ def _mask(group: Group, window: int | None, dtype: torch.dtype) -> Tensor:
     return mask
 
 
-def _make_groups(batch: AttentionBatch, num_heads: int, num_kv_heads: int, block_size: int, head_dim: int) -> Iterator[Group]:
+def _make_groups(
+    batch: AttentionBatch, num_heads: int, num_kv_heads: int, block_size: int, head_dim: int
+) -> Iterator[Group]:
     num_pages = -(-batch.seq_lens // block_size)
     order = np.lexsort((num_pages, batch.query_lens))
     page_elements = 2 * block_size * head_dim
     start = 0
     while start < len(order):
-        rows = order[start : _group_end(batch.query_lens, num_pages, order, start, page_elements, num_heads, num_kv_heads)]
+        rows = order[
+            start : _group_end(batch.query_lens, num_pages, order, start, page_elements, num_heads, num_kv_heads)
+        ]
         heads = num_kv_heads if batch.query_lens[rows[-1]] == 1 else num_heads
         yield _make_group(batch, rows, num_pages[rows], heads, num_kv_heads, block_size)
         start += len(rows)

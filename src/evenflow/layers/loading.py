@@ -1,7 +1,7 @@
 """How checkpoint tensors find their parameters: every layer offers slots, and every slot is filled exactly once."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -16,7 +16,7 @@ class Placement:
 
     device: torch.device
     dtype: torch.dtype
-    tp: TensorParallel = TensorParallel()
+    tp: TensorParallel = field(default_factory=TensorParallel)
 
     def empty(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=self.device), requires_grad=False)
@@ -33,19 +33,21 @@ class Slot:
 
 @runtime_checkable
 class HasSlots(Protocol):
+    _parameters: dict[str, nn.Parameter | None]
+
     def slots(self) -> Iterator[tuple[str, Slot]]:
         """(name in the checkpoint relative to the layer's parent, slot) of every parameter of the layer."""
 
 
 def checkpoint_slots(model: nn.Module) -> dict[str, Slot]:
-    """Every tensor that the checkpoint must have. A parameter that no layer's slots cover has its own name and shape."""
+    """Every tensor that the checkpoint must have. Parameters without slots have their own name and shape."""
     slots: dict[str, Slot] = {}
     covered: set[str] = set()
     for path, module in model.named_modules():
         if isinstance(module, HasSlots):
             parent = path.rpartition(".")[0]
             slots.update({f"{parent}.{name}" if parent else name: slot for name, slot in module.slots()})
-            covered.update(f"{path}.{name}" for name, _ in module.named_parameters(recurse=False))
+            covered.update(f"{path}.{name}" for name in module._parameters)
     for name, parameter in model.named_parameters():
         if name not in covered:
             slots[name] = Slot(parameter.data, tuple(parameter.shape))

@@ -51,8 +51,8 @@ def plan_memory(settings: Settings, model: ModelConfig, weight_bytes: int) -> Me
     if num_blocks * settings.block_size < max_model_len:
         if not settings.fit_max_model_len or num_blocks == 0:
             raise ValueError(
-                f"the KV cache holds {num_blocks * settings.block_size} tokens, fewer than max_model_len={max_model_len} "
-                f"({_size(max_model_len * settings.kv_bytes_per_token(model))}); "
+                f"the KV cache holds {num_blocks * settings.block_size} tokens, fewer than "
+                f"max_model_len={max_model_len} ({_size(max_model_len * settings.kv_bytes_per_token(model))}); "
                 "lower max_model_len or raise kv_cache_memory"
             )
         max_model_len = num_blocks * settings.block_size

@@ -42,7 +42,9 @@ def _fill(slot: Slot, file: "safe_open", name: str, file_name: str) -> None:
     if (dtype := part.get_dtype()) not in FLOATS:
         raise ValueError(f"{file_name}: tensor {name!r} has dtype {dtype}, which is not implemented (F32, F16, BF16)")
     if (shape := tuple(part.get_shape())) != slot.shape:
-        raise ValueError(f"{file_name}: tensor {name!r} has shape {list(shape)}, config.json asks for {list(slot.shape)}")
+        raise ValueError(
+            f"{file_name}: tensor {name!r} has shape {list(shape)}, config.json asks for {list(slot.shape)}"
+        )
     slot.target.copy_(part[slot.index or slice(None)])
 
 

@@ -1,0 +1,235 @@
+"""Offline inference in the caller's process: LLM.generate, LLM.chat, LLM.beam_search. Names are vLLM's."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from itertools import count
+from typing import Any
+
+from evenflow.beam_search import BeamSearchOutput, beam_search
+from evenflow.config import EngineConfig, Resolution
+from evenflow.engine.engine import Engine
+from evenflow.engine.input import InputProcessor, Prompt, prompt_text
+from evenflow.engine.opening import open_model
+from evenflow.engine.output import OutputProcessor
+from evenflow.progress import GenerationProgress
+from evenflow.request import FinishReason, Request, RequestOutput
+from evenflow.runner.model_runner import ModelRunner
+from evenflow.sampling_params import BeamSearchParams, SamplingParams
+from evenflow.scheduler import Scheduler
+from evenflow.tokenizer import Tokenizer
+
+Params = SamplingParams | Sequence[SamplingParams] | None
+Message = dict[str, Any]
+
+
+class LLM:
+    """A model with an engine around it. Keyword arguments are the fields of EngineConfig.
+
+    >>> llm = LLM("demo")
+    >>> llm.generate("Once upon a time", SamplingParams(max_tokens=20))[0].outputs[0].text
+
+    Raises ValueError that names the argument or the file at fault. Not thread-safe.
+    """
+
+    def __init__(self, model: str = "demo", **options: Any) -> None:
+        known = {field.name for field in dataclasses.fields(EngineConfig)}
+        if unknown := sorted(options.keys() - known):
+            raise ValueError(f"LLM has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}")
+        self.config = EngineConfig(model=model, **options)
+        opened = open_model(self.config)
+        self.resolution: Resolution = opened.resolution
+        self.model_config = opened.model_config
+        runner = ModelRunner(opened.resolution.settings, opened.model_config, opened.directory)
+        # From here on the context is what the cache holds.
+        self.settings = dataclasses.replace(opened.resolution.settings, max_model_len=runner.memory.max_model_len)
+        self.memory_account = str(runner.memory)
+        scheduler = Scheduler(
+            num_blocks=runner.memory.num_blocks,
+            block_size=self.settings.block_size,
+            max_num_seqs=self.settings.max_num_seqs,
+            max_num_batched_tokens=self.settings.max_num_batched_tokens,
+            max_model_len=self.settings.max_model_len,
+            enable_prefix_caching=self.settings.enable_prefix_caching,
+            enable_chunked_prefill=self.settings.enable_chunked_prefill,
+        )
+        self.engine = Engine(scheduler, runner)
+        self._tokenizer = opened.tokenizer
+        self._inputs = InputProcessor(self.settings, self.model_config, opened.tokenizer, opened.generation_config)
+        self._outputs = OutputProcessor(opened.tokenizer)
+        self._defaults = opened.default_sampling_params()
+        self._request_ids = map(str, count())
+
+    def default_sampling_params(self) -> SamplingParams:
+        """What a request gets that names no parameters: the model's generation_config.json over our defaults."""
+        return self._defaults
+
+    get_default_sampling_params = default_sampling_params
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise ValueError("this LLM was made with skip_tokenizer_init=True; pass and read token ids")
+        return self._tokenizer
+
+    def get_tokenizer(self) -> Tokenizer:
+        return self.tokenizer
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, use_tqdm: bool = True
+    ) -> list[RequestOutput]:
+        """Complete prompts: texts, token ids, {"prompt": ...} or {"prompt_token_ids": ...}; one or a list of them.
+
+        sampling_params: one for all, or one per prompt. Returns one RequestOutput per prompt, in their order. All
+        prompts are checked before any is run. use_tqdm: show a progress bar for several prompts.
+        """
+        prompt_list = as_prompts(prompts)
+        return self._run(prompt_list, self._params_of(prompt_list, sampling_params), use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params = None,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        **template_options: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or a list of them. A message is {"role": ..., "content": ...}."""
+        if not messages:
+            raise ValueError("messages is empty; pass at least one message")
+        conversations: Any = [messages] if isinstance(messages[0], dict) else messages
+        prompts = [
+            {
+                "prompt_token_ids": self.tokenizer.encode_chat(
+                    conversation, add_generation_prompt=add_generation_prompt, **template_options
+                )
+            }
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Complete one prompt; yields after every step that brought tokens, with everything so far.
+
+        Leaving the loop early aborts the request.
+        """
+        requests = self._add([prompt], [sampling_params or self._defaults], streaming=True)
+        try:
+            while self._outputs.is_live(requests[0]):
+                yield from self._step()
+        finally:
+            self._abort(requests)
+
+    def stream_chat(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """As `stream`, for one conversation."""
+        return self.stream({"prompt_token_ids": self.tokenizer.encode_chat(messages)}, sampling_params)
+
+    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
+        """The params.beam_width best continuations of every prompt, best first."""
+        checked = [
+            self._inputs.process("beam", prompt, SamplingParams(max_tokens=1))[0].token_ids
+            for prompt in as_prompts(prompts)
+        ]
+        room = self.settings.max_model_len - max(map(len, checked), default=0)
+        params = dataclasses.replace(params, max_tokens=min(params.max_tokens, room))
+        num_candidates = min(2 * params.beam_width, self.model_config.vocab_size)
+        outputs = beam_search(
+            checked, params, self._inputs.eos_token_ids, lambda sequences: self._next_tokens(sequences, num_candidates)
+        )
+        if self._tokenizer is not None:
+            for output in outputs:
+                output.sequences = [
+                    dataclasses.replace(sequence, text=self._tokenizer.decode(sequence.token_ids))
+                    for sequence in output.sequences
+                ]
+        return outputs
+
+    def close(self) -> None:
+        """End whatever still runs. The memory goes with the object."""
+        self._abort(self._outputs.live_ids())
+
+    def _params_of(self, prompts: Sequence[Prompt], params: Params) -> list[SamplingParams]:
+        if params is None:
+            return [self._defaults] * len(prompts)
+        if isinstance(params, SamplingParams):
+            return [params] * len(prompts)
+        if not isinstance(params, Sequence) or len(params) != len(prompts):
+            raise ValueError(
+                f"sampling_params must be one SamplingParams, or one for each of the {len(prompts)} prompts in a list"
+            )
+        return list(params)
+
+    def _add(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], *, streaming: bool = False
+    ) -> list[str]:
+        """Check all, then queue all. Returns the requests' ids."""
+        parents: list[tuple[str, list[Request]]] = []
+        for index, (prompt, prompt_params) in enumerate(zip(prompts, params, strict=True)):
+            request_id = next(self._request_ids)
+            try:
+                parents.append((request_id, self._inputs.process(request_id, prompt, prompt_params)))
+            except ValueError as error:
+                raise ValueError(f"prompt {index}: {error}" if len(prompts) > 1 else str(error)) from None
+        for (request_id, children), prompt, prompt_params in zip(parents, prompts, params, strict=True):
+            ids = [child.request_id for child in children]
+            self._outputs.add(
+                request_id, prompt_text(prompt), list(children[0].token_ids), prompt_params, ids, streaming=streaming
+            )
+            for child in children:
+                self.engine.add(child)
+        return [request_id for request_id, _ in parents]
+
+    def _step(self) -> list[RequestOutput]:
+        outputs, to_abort = self._outputs.process(self.engine.step())
+        self.engine.abort(to_abort)
+        return outputs
+
+    def _abort(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self.engine.abort(self._outputs.abort(request_id))
+
+    def _run(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], show_progress: bool
+    ) -> list[RequestOutput]:
+        """Run to the end. Whatever interrupts it, nothing of these requests stays behind."""
+        request_ids = self._add(prompts, params)
+        finished: dict[str, RequestOutput] = {}
+        try:
+            with GenerationProgress(len(prompts)) if show_progress and len(prompts) > 1 else nullcontext() as progress:
+                while len(finished) < len(request_ids):
+                    for output in self._step():
+                        finished[output.request_id] = output
+                        if progress is not None:
+                            progress.advance(output)
+        finally:
+            self._abort(request_ids)
+        return [finished[request_id] for request_id in request_ids]
+
+    def _next_tokens(self, sequences: Sequence[list[int]], num_candidates: int) -> list[list[tuple[int, float]]]:
+        """The best next tokens of every sequence. Goes to the engine itself: max_logprobs bounds users, not us."""
+        params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=num_candidates, seed=0, detokenize=False)
+        requests = [Request(next(self._request_ids), list(token_ids), params, max_tokens=1) for token_ids in sequences]
+        for request in requests:
+            self.engine.add(request)
+        found: dict[str, list[tuple[int, float]]] = {}
+        while len(found) < len(requests):
+            for delta in self.engine.step():
+                if delta.finish_reason is FinishReason.ERROR:
+                    self.engine.abort(request.request_id for request in requests)
+                    raise RuntimeError(f"beam search failed: {delta.error}")
+                assert delta.logprobs is not None
+                entry = delta.logprobs[0]
+                found[delta.request_id] = list(zip(entry.token_ids[1:], entry.logprobs[1:], strict=True))
+        return [found[request.request_id] for request in requests]
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or a list of prompts -> a list. A list of integers is one prompt."""
+    if isinstance(prompts, (str, dict)):
+        return [prompts]
+    prompt_list: list[Any] = list(prompts)
+    if not prompt_list:
+        raise ValueError("prompts is empty; pass at least one")
+    return prompt_list if not isinstance(prompt_list[0], int) else [prompt_list]

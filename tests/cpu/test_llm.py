@@ -1,0 +1,312 @@
+"""The engine end to end, on tiny checkpoints: equal to transformers, and independent of how the work was cut up."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import CASES, VOCAB, Checkpoint, make_checkpoint
+
+import evenflow
+from evenflow import LLM, SamplingParams
+
+BYTES_PER_TOKEN = 3 * 2 * 2 * 16 * 4  # layers, keys and values, heads, head size, float32
+
+
+def make_llm(directory, **options) -> LLM:
+    return LLM(str(directory), skip_tokenizer_init=True, **options)
+
+
+def random_prompts(count: int, longest: int = 60, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, VOCAB, rng.integers(1, longest + 1)).tolist() for _ in range(count)]
+
+
+def run(llm: LLM, prompts, params) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def greedy(num_tokens: int = 24, **options) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False, **options)
+
+
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_greedy_tokens_equal_transformers(case, tmp_path):
+    checkpoint = make_checkpoint(tmp_path, case)
+    prompts = [*random_prompts(3), random_prompts(1, 1)[0], random_prompts(40, 150)[17]]
+    expected = [checkpoint.greedy(prompt, 24) for prompt in prompts]
+    assert run(make_llm(tmp_path, max_num_batched_tokens=64), prompts, greedy()) == expected
+
+
+PROMPTS = random_prompts(12) + [[*range(3, 60), i] for i in range(3, 9)]  # the last six share 57 tokens
+PARAMS = [greedy()] * 9 + [
+    SamplingParams(temperature=1.0, seed=i, max_tokens=24, ignore_eos=True, detokenize=False) for i in range(9)
+]
+
+
+@pytest.fixture(scope="module")
+def expected(llama: Checkpoint) -> list[list[int]]:
+    """Every request alone, without prefix cache."""
+    llm = make_llm(llama.directory, enable_prefix_caching=False)
+    return [run(llm, [prompt], [params])[0] for prompt, params in zip(PROMPTS, PARAMS, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"enable_prefix_caching": False},
+        {"max_num_batched_tokens": 1},
+        {"max_num_batched_tokens": 7},
+        {"max_num_batched_tokens": 50, "enable_prefix_caching": False},
+        {"max_num_seqs": 1},
+        {"max_num_seqs": 5},
+        {"block_size": 1},
+        {"block_size": 3},
+        {"block_size": 64},
+        {"enable_chunked_prefill": False},
+    ],
+    ids=str,
+)
+def test_tokens_depend_on_the_request_alone(llama, expected, options):
+    llm = make_llm(llama.directory, **options)
+    assert run(llm, PROMPTS, PARAMS) == expected
+    assert run(llm, PROMPTS[::-1], PARAMS[::-1]) == expected[::-1]  # now with a warm prefix cache
+    llm.engine.scheduler.check_invariants()
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_preemption_changes_nothing(llama, expected, prefix_caching):
+    llm = make_llm(
+        llama.directory,
+        kv_cache_memory=str(BYTES_PER_TOKEN * 160),
+        max_model_len=120,
+        enable_prefix_caching=prefix_caching,
+        block_size=4,
+    )
+    assert run(llm, PROMPTS, PARAMS) == expected
+    assert llm.engine.scheduler.num_preemptions > 10
+    llm.engine.scheduler.check_invariants()
+
+
+def test_shared_beginnings_are_computed_once(llama):
+    llm = make_llm(llama.directory)
+    outputs = llm.generate(PROMPTS[12:], greedy(), use_tqdm=False)
+    assert [output.num_cached_tokens for output in outputs] == [0] + [48] * 5
+    assert llm.generate(PROMPTS[12:13], greedy(), use_tqdm=False)[0].num_cached_tokens == 48
+
+
+def test_logprobs_equal_transformers(llama):
+    prompt = PROMPTS[3]
+    output = make_llm(llama.directory, max_num_batched_tokens=16).generate(
+        prompt, greedy(6, logprobs=3, prompt_logprobs=2), use_tqdm=False
+    )[0]
+    tokens = prompt + output.outputs[0].token_ids
+    exact = torch.log_softmax(llama.logits(tokens).double(), -1)
+    assert output.prompt_logprobs[0] is None
+    assert len(output.prompt_logprobs) == len(prompt)
+    found = output.prompt_logprobs[1:] + output.outputs[0].logprobs
+    for position, entry in enumerate(found):
+        assert tokens[position + 1] in entry
+        top = exact[position].topk(3 if position >= len(prompt) - 1 else 2).indices.tolist()
+        assert set(top) <= set(entry)
+        for token_id, logprob in entry.items():
+            assert logprob.logprob == pytest.approx(float(exact[position, token_id]), abs=2e-5)
+            assert logprob.rank == int((exact[position] > exact[position, token_id]).sum()) + 1
+    total = sum(
+        entry[t].logprob for t, entry in zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)
+    )
+    assert output.outputs[0].cumulative_logprob == pytest.approx(total)
+
+
+def test_prompt_logprobs_survive_chunks_prefix_cache_and_preemption(llama):
+    params = [greedy(20, prompt_logprobs=1)] * 6
+    alone = [make_llm(llama.directory).generate(p, params[0], use_tqdm=False)[0] for p in PROMPTS[:6]]
+    llm = make_llm(
+        llama.directory,
+        kv_cache_memory=str(BYTES_PER_TOKEN * 160),
+        max_model_len=120,
+        max_num_batched_tokens=13,
+        block_size=4,
+    )
+    for _ in range(2):
+        for output, reference in zip(llm.generate(PROMPTS[:6], params, use_tqdm=False), alone, strict=True):
+            found = [None if e is None else {t: p.logprob for t, p in e.items()} for e in output.prompt_logprobs]
+            wanted = [None if e is None else {t: p.logprob for t, p in e.items()} for e in reference.prompt_logprobs]
+            assert len(found) == len(wanted)
+            assert all(f == w or f == pytest.approx(w, abs=2e-5) for f, w in zip(found, wanted, strict=True))
+    assert llm.engine.scheduler.num_preemptions > 0
+
+
+def test_n_completions_share_the_prompt(llama):
+    llm = make_llm(llama.directory)
+    params = SamplingParams(n=5, temperature=1.0, seed=3, max_tokens=12, ignore_eos=True, detokenize=False)
+    output = llm.generate([PROMPTS[12]], params)[0]
+    assert [completion.index for completion in output.outputs] == list(range(5))
+    tokens = [tuple(completion.token_ids) for completion in output.outputs]
+    assert len(set(tokens)) == 5
+    assert tokens[0] == tuple(run(llm, [PROMPTS[12]], params.replace(n=1))[0])
+
+
+def test_finish_reasons(llama):
+    llm = make_llm(llama.directory, max_model_len=80)
+    prompt = PROMPTS[12]
+    tokens = run(llm, [prompt], greedy(10))[0]
+    stop_id = tokens[4]
+    first = tokens.index(stop_id)
+    output = llm.generate([prompt], greedy(10, stop_token_ids=[stop_id]))[0].outputs[0]
+    assert (output.finish_reason, output.stop_reason, output.token_ids) == ("stop", stop_id, tokens[: first + 1])
+    output = llm.generate([prompt], greedy(10, stop_token_ids=[stop_id], min_tokens=8))[0].outputs[0]
+    assert stop_id not in output.token_ids[:8]
+    output = llm.generate([prompt], greedy(3))[0].outputs[0]
+    assert (output.finish_reason, len(output.token_ids)) == ("length", 3)
+    output = llm.generate([prompt], SamplingParams(max_tokens=None, ignore_eos=True, detokenize=False))[0].outputs[0]
+    assert (output.finish_reason, len(output.token_ids)) == ("length", 80 - len(prompt))
+
+
+def test_streaming_brings_the_same_tokens(llama):
+    llm = make_llm(llama.directory)
+    outputs = list(llm.stream(PROMPTS[0], greedy(9)))
+    assert [len(output.outputs[0].token_ids) for output in outputs] == list(range(1, 10))
+    assert outputs[-1].finished
+    assert outputs[-1].outputs[0].token_ids == run(llm, [PROMPTS[0]], greedy(9))[0]
+
+
+def test_leaving_a_stream_frees_everything(llama):
+    llm = make_llm(llama.directory)
+    for _ in llm.stream(PROMPTS[0], greedy(50)):
+        break
+    assert not llm.engine.has_unfinished
+    llm.engine.scheduler.check_invariants()
+
+
+def test_nan_logits_fail_one_request_only(llama, expected, monkeypatch):
+    llm = make_llm(llama.directory)
+    logits, calls = llm.engine.runner.model.logits, []
+
+    def poisoned(hidden):
+        out = logits(hidden)
+        calls.append(out)
+        if len(calls) == 5:
+            out[2] = float("nan")
+        return out
+
+    monkeypatch.setattr(llm.engine.runner.model, "logits", poisoned)
+    outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+    failed = [i for i, output in enumerate(outputs) if output.outputs[0].finish_reason == "error"]
+    assert failed == [2]
+    assert "not finite" in outputs[2].outputs[0].error
+    for i, output in enumerate(outputs):
+        assert i == 2 or output.outputs[0].token_ids == expected[i]
+    llm.engine.scheduler.check_invariants()
+
+
+def test_nan_keys_do_not_outlive_their_request(llama, expected, monkeypatch):
+    """A poisoned page that is given to the next request must not reach it through a masked weight of 0."""
+    llm = make_llm(llama.directory, kv_cache_memory=str(BYTES_PER_TOKEN * 96), max_model_len=96)
+    embed, poison = llm.engine.runner.model.model.embed_tokens.forward, [True]
+    monkeypatch.setattr(
+        llm.engine.runner.model.model.embed_tokens,
+        "forward",
+        lambda ids: embed(ids) * (float("nan") if poison[0] else 1.0),
+    )
+    assert llm.generate([PROMPTS[12]], greedy(), use_tqdm=False)[0].outputs[0].finish_reason == "error"
+    poison[0] = False
+    assert run(llm, PROMPTS, PARAMS) == expected
+
+
+def test_a_failing_step_ends_its_requests_and_not_the_engine(llama, expected, monkeypatch):
+    llm = make_llm(llama.directory)
+    forward, calls = llm.engine.runner.model.forward, []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("planted")
+        return forward(*args)
+
+    monkeypatch.setattr(llm.engine.runner.model, "forward", failing)
+    outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+    assert {output.outputs[0].finish_reason for output in outputs} == {"error"}
+    assert "RuntimeError" in outputs[0].outputs[0].error
+    llm.engine.scheduler.check_invariants()
+    assert run(llm, PROMPTS, PARAMS) == expected
+
+
+def test_an_interrupted_run_leaves_nothing(llama, expected, monkeypatch):
+    llm = make_llm(llama.directory)
+    step = llm.engine.step
+    monkeypatch.setattr(llm.engine, "step", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS, PARAMS)
+    monkeypatch.setattr(llm.engine, "step", step)
+    assert not llm.engine.has_unfinished
+    assert run(llm, PROMPTS, PARAMS) == expected
+
+
+def test_bad_prompts_are_refused_before_anything_runs(llama):
+    llm = make_llm(llama.directory, max_model_len=50)
+    for prompts, params, message in [
+        ([[3, 4], []], None, "prompt 1: the prompt is empty"),
+        ([], None, "prompts is empty"),
+        ([[3, VOCAB]], None, f"token id {VOCAB} is outside this model's vocabulary, 0 to {VOCAB - 1}"),
+        ([[3, -1]], None, "token id -1 is outside"),
+        ([[3] * 50], None, "the prompt has 50 tokens, but at most 49 fit with max_model_len=50"),
+        (["text"], None, "no tokenizer is loaded"),
+        ([[3]], [greedy(), greedy()], "one for each of the 1 prompts"),
+        ([[3]], greedy(logprobs=21), "logprobs=21 exceeds max_logprobs=20"),
+        ([[3]], greedy(logit_bias={VOCAB: 1.0}), f"logit_bias: token id {VOCAB} is outside"),
+        ([[3]], greedy(stop_token_ids=[VOCAB]), "stop_token_ids: token id"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            llm.generate(prompts, params)
+        assert not llm.engine.has_unfinished
+
+
+def test_a_context_beyond_the_pool(llama):
+    """Left open, the context shrinks to what the cache holds; asked for, it is an error with both numbers."""
+    memory = str(BYTES_PER_TOKEN * 64)
+    llm = make_llm(llama.directory, kv_cache_memory=memory)
+    assert llm.settings.max_model_len == 64
+    with pytest.raises(ValueError, match="the prompt has 70 tokens, but at most 63 fit"):
+        llm.generate([[3] * 70])
+    with pytest.raises(ValueError, match="the KV cache holds 64 tokens, fewer than max_model_len=100"):
+        make_llm(llama.directory, kv_cache_memory=memory, max_model_len=100)
+    with pytest.raises(ValueError, match="the KV cache holds 0 tokens"):
+        make_llm(llama.directory, kv_cache_memory="1KiB")
+
+
+def test_wrong_options_and_directories():
+    with pytest.raises(ValueError, match="LLM has no option 'max_seqs'"):
+        LLM("demo", max_seqs=3)
+    with pytest.raises(ValueError, match="does not exist"):
+        LLM("./nowhere")
+
+
+def test_dummy_weights_need_no_file(llama, tmp_path):
+    (tmp_path / "config.json").write_text((llama.directory / "config.json").read_text())
+    llm = make_llm(tmp_path, load_format="dummy", dtype="bfloat16")
+    assert run(llm, PROMPTS[:2], greedy(4)) == run(
+        make_llm(tmp_path, load_format="dummy", dtype="bfloat16"), PROMPTS[:2], greedy(4)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_close(llama, dtype):
+    llm = make_llm(llama.directory, dtype=dtype)
+    prompt = PROMPTS[12]
+    entries = llm.generate([prompt], greedy(1, prompt_logprobs=0), use_tqdm=False)[0].prompt_logprobs
+    exact = torch.log_softmax(llama.logits(prompt).double(), -1)
+    errors = [
+        abs(e[t].logprob - float(exact[i, t])) for i, (t, e) in enumerate(zip(prompt[1:], entries[1:], strict=True))
+    ]
+    # Measured: 0.06 and 0.008.
+    assert max(errors) < {"bfloat16": 0.15, "float16": 0.02}[dtype]
+
+
+def test_import_is_lazy():
+    code = "import evenflow, sys; evenflow.SamplingParams; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    with pytest.raises(AttributeError, match="no attribute 'LMM'"):
+        getattr(evenflow, "LMM")  # noqa: B009
