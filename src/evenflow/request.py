@@ -45,6 +45,8 @@ class Request:
     num_inflight_tokens: int = 0  # sampled by a launched step, not collected yet
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when first admitted
     num_preemptions: int = 0
+    num_prompt_logprobs: int = 0  # prompt positions already reported
+    num_registered_blocks: int = 0  # blocks of the table that the prefix cache knows, from the first
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # chained hashes of the full blocks of token_ids
     slot: int = -1  # row of the runner's state while running

@@ -86,7 +86,7 @@ def test_preemption_changes_nothing(llama, expected, prefix_caching):
         block_size=4,
     )
     assert run(llm, PROMPTS, PARAMS) == expected
-    assert llm.engine.scheduler.num_preemptions > 10
+    assert llm.engine.scheduler.num_preemptions >= 5
     llm.engine.scheduler.check_invariants()
 
 

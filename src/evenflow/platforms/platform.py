@@ -26,12 +26,14 @@ class Platform:
 
 def detect(device: str = "auto") -> Platform:
     """The platform of `device` ("auto", "cpu" or "cuda"). Raises ValueError when it is not there."""
-    from evenflow.platforms import cpu, gpu
+    from evenflow.platforms import cpu
+
+    if device == "cpu":
+        return cpu.detect()
+    from evenflow.platforms import gpu
 
     if device == "auto":
         return gpu.detect() or cpu.detect()
-    if device == "cpu":
-        return cpu.detect()
     if device != "cuda":
         raise ValueError(f"device={device!r} must be 'auto', 'cpu' or 'cuda' (AMD GPUs are 'cuda' in PyTorch too)")
     platform = gpu.detect()
