@@ -53,7 +53,9 @@ def open_model(config: EngineConfig) -> OpenedModel:
         raise ValueError(f"device={config.device!r}: this version runs on CPUs only; use device='cpu'")
     tokenizer = None
     if not config.skip_tokenizer_init:
-        tokenizer = Tokenizer.from_dir(directory if config.tokenizer is None else find_model(config.tokenizer, with_weights=False))
+        tokenizer = Tokenizer.from_dir(
+            directory if config.tokenizer is None else find_model(config.tokenizer, with_weights=False)
+        )
     return OpenedModel(
         directory, model_config, resolve(config, model_config, platform), tokenizer, read_generation_config(directory)
     )
