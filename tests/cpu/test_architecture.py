@@ -16,7 +16,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "request": {"sampling_params"},
     "config": {"platforms", "model_config"},
     "model_files": {"demo"},
-    "tokenizer": {"model_files"},
+    "chat_template": set(),
+    "tokenizer": {"model_files", "chat_template"},
+    "progress": {"request"},
     "detokenizer": {"tokenizer"},
     "scheduler": {"request", "sampling_params"},
     "kernels": {"platforms"},
@@ -51,6 +53,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llm": {
         "engine",
         "beam_search",
+        "progress",
+        "runner",
+        "scheduler",
         "request",
         "sampling_params",
         "config",
@@ -70,13 +75,15 @@ NO_TORCH = {
     "model_files",
     "tokenizer",
     "detokenizer",
+    "chat_template",
     "scheduler",
     "beam_search",
+    "progress",
     "plan",
 }
 # These may import torch inside functions, when it is certain that it is needed.
-LAZY_TORCH = {"cli", "doctor", "platforms", "demo"}
-NO_TORCH_FILES = {"engine/input.py", "engine/output.py", "engine/opening.py", "engine/stop.py"}
+LAZY_TORCH = {"cli", "doctor", "platforms"}
+NO_TORCH_FILES = {"engine/input.py", "engine/output.py", "engine/opening.py", "demo/__init__.py"}
 VENDORS = re.compile(r"\b(nvidia|amd|rocm|hip|is_hip|gfx\w+|sm_\d+)\b", re.IGNORECASE)
 VENDOR_FILES = {"platforms", "plan", "doctor", "demo"}
 
