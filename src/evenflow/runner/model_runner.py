@@ -64,8 +64,8 @@ class ModelRunner:
         logits = self.model.logits(hidden[batch.sampling_tokens])
         sampled = self.sampler.sample(logits, slots, lengths, self.slots.token_ids)
         token_ids = np.full(len(batch.slots), -1, dtype=np.int64)
-        token_ids[rows] = sampled.token_ids
-        self.slots.token_ids[slots, lengths] = np.maximum(sampled.token_ids, 0)
+        token_ids[rows] = sampled.token_ids.cpu().numpy()
+        self.slots.token_ids[slots, lengths] = np.maximum(token_ids[rows], 0)
         return StepResult(
             token_ids.tolist(),
             logprobs={int(rows[i]): logprobs for i, logprobs in sampled.logprobs.items()},
