@@ -26,6 +26,7 @@ def make_batch(rng, rows: list[tuple[int, int]], num_kv_heads: int, head_dim: in
         seq_lens=np.array([s for _, s in rows]),
         block_tables=tables,
         store_index=torch.empty(0, dtype=torch.int64),
+        workspace=torch.full((64, BLOCK_SIZE * head_dim), float("nan")),
     )
 
 

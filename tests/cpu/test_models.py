@@ -9,6 +9,7 @@ import torch
 from checkpoints import CASES, VOCAB, Checkpoint, make_checkpoint
 
 from evenflow.config import EngineConfig, resolve
+from evenflow.kernels.attention import make_workspace
 from evenflow.layers.attention import LayerBatch
 from evenflow.layers.loading import Placement
 from evenflow.layers.rotary import cos_sin
@@ -48,7 +49,7 @@ def model_logits(directory, sequences: list[list[int]], chunk: int) -> list[torc
             if start < end:
                 needed = -(-end // BLOCK_SIZE) - -(-start // BLOCK_SIZE)
                 rows.append(ScheduledRow(slot, start, end, False, [free.pop() for _ in range(needed)]))
-        batch = slots.make_batch(rows, config.num_kv_heads)
+        batch = slots.make_batch(rows, config.num_kv_heads, make_workspace(caches[0]))
         with torch.inference_mode():
             layer_batch = LayerBatch(cos[batch.positions], sin[batch.positions], batch.attention)
             out = model.logits(model(batch.token_ids, layer_batch, caches))

@@ -197,6 +197,7 @@ def save(model: Any, tokenizer: Tokenizer, out: Path) -> None:
         "eos_token_id": config["eos_token_id"],
         "pad_token_id": config["pad_token_id"],
         "do_sample": True,
+        "max_new_tokens": 256,
         "temperature": 0.5,
         "top_p": 0.9,
     }

@@ -50,7 +50,7 @@ class AttentionBatch:
     """The rows of one step. Row r computes the last query_lens[r] tokens of a sequence of seq_lens[r] tokens.
 
     query_starts: [R] first query token of each row. block_tables: [R, max blocks], valid up to seq_lens.
-    store_index: [T * 2 * Hkv], where this step's keys and values go (see store_kv).
+    store_index: [T * 2 * Hkv], where this step's keys and values go (see store_kv). workspace: see make_workspace.
     """
 
     query_starts: Ints
@@ -58,7 +58,15 @@ class AttentionBatch:
     seq_lens: Ints
     block_tables: Ints
     store_index: Tensor
+    workspace: Tensor
     groups: list[Group] | None = None  # made by the first layer, used by all
+
+
+def make_workspace(kv_cache: Tensor) -> Tensor:
+    """Memory for the keys and values of one group, used again by every group, layer and step: fresh memory costs page
+    faults, 4,000 a step for 256 sequences."""
+    page_elements = kv_cache.shape[3] * kv_cache.shape[4]
+    return kv_cache.new_empty(max(MAX_GROUP_ELEMENTS // page_elements, 1), page_elements)
 
 
 def paged_attention(q: Tensor, kv_cache: Tensor, batch: AttentionBatch, scale: float, window: int | None) -> Tensor:
@@ -72,7 +80,7 @@ def paged_attention(q: Tensor, kv_cache: Tensor, batch: AttentionBatch, scale: f
     pages = kv_cache.view(-1, block_size * head_dim)
     out = torch.empty_like(q)
     for group in batch.groups:
-        attended = _attend(q, pages, group, _mask(group, window, q.dtype), scale)
+        attended = _attend(q, pages, batch.workspace, group, _mask(group, window, q.dtype), scale)
         if group.valid is None:
             out.index_copy_(0, group.query_index, attended)
         else:
@@ -80,11 +88,15 @@ def paged_attention(q: Tensor, kv_cache: Tensor, batch: AttentionBatch, scale: f
     return out
 
 
-def _attend(q: Tensor, pages: Tensor, group: Group, mask: Tensor, scale: float) -> Tensor:
+def _attend(q: Tensor, pages: Tensor, workspace: Tensor, group: Group, mask: Tensor, scale: float) -> Tensor:
     """One padded group. Returns [n * Q, H, D]."""
     n, (_, num_heads, head_dim) = group.num_rows, q.shape
-    gathered = pages.index_select(0, group.page_index).to(q.dtype)
-    keys, values = gathered.view(2, n, group.heads, group.num_keys, head_dim)
+    num_pages = len(group.page_index)
+    if num_pages <= len(workspace):
+        gathered = torch.index_select(pages, 0, group.page_index, out=workspace[:num_pages])
+    else:
+        gathered = pages.index_select(0, group.page_index)
+    keys, values = gathered.to(q.dtype).view(2, n, group.heads, group.num_keys, head_dim)
     queries = q.index_select(0, group.query_index)
     if group.num_queries == 1:  # the G queries of a key head stand where its queries in time would
         queries = queries.view(n, group.heads, num_heads // group.heads, head_dim)

@@ -51,7 +51,7 @@ class SlotState:
         wanted = request.params.prompt_logprobs
         self.wants_prompt_logprobs[slot] = -1 if wanted is None else wanted
 
-    def make_batch(self, rows: list[ScheduledRow], num_kv_heads: int) -> Batch:
+    def make_batch(self, rows: list[ScheduledRow], num_kv_heads: int, workspace: Tensor) -> Batch:
         """Extend the block tables and lay the rows' tokens out one after the other."""
         for row in rows:
             if row.new_block_ids:
@@ -82,6 +82,7 @@ class SlotState:
                 seq_lens=ends,
                 block_tables=self.block_tables[slots, :most_blocks],
                 store_index=self._store_index(token_slots, positions, num_kv_heads),
+                workspace=workspace,
             ),
         )
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from evenflow.config import Settings
+from evenflow.kernels.attention import make_workspace
 from evenflow.layers.attention import LayerBatch
 from evenflow.layers.loading import Placement
 from evenflow.layers.rotary import cos_sin
@@ -36,6 +37,7 @@ class ModelRunner:
         weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
         self.memory: MemoryPlan = plan_memory(settings, model_config, weight_bytes)
         self.kv_caches = make_caches(self.memory, settings, model_config, self.device)
+        self.workspace = make_workspace(self.kv_caches[0])
         max_model_len = self.memory.max_model_len
         self.cos, self.sin = cos_sin(model_config.rope, model_config.head_dim, max_model_len, self.device)
         self.slots = SlotState(settings.max_num_seqs, max_model_len, settings.block_size)
@@ -50,7 +52,7 @@ class ModelRunner:
         if plan.zero_block_ids:
             for kv_cache in self.kv_caches:
                 kv_cache[plan.zero_block_ids] = 0
-        batch = self.slots.make_batch(plan.rows, self.model_config.num_kv_heads)
+        batch = self.slots.make_batch(plan.rows, self.model_config.num_kv_heads, self.workspace)
         layer_batch = LayerBatch(self.cos[batch.positions], self.sin[batch.positions], batch.attention)
         hidden = self.model(batch.token_ids, layer_batch, self.kv_caches)
         prompt_logprobs = self._prompt_logprobs(batch, hidden)
