@@ -53,8 +53,8 @@ def philox_4x32(
 def log_exponential_(words: Tensor) -> Tensor:
     """log E, in place, of random words given as float32: E = -log(1 - v), v = (word + 1/2) / 2**32 in (0, 1).
 
-    The small E decide who wins, and they are exact to float32's relative precision down to 2**-33; -log E (Gumbel noise)
-    lies in [-2.82, 22.88].
+    The small E decide who wins: they have float32's full relative precision down to 2**-33. Gumbel noise, -log E, lies
+    in [-2.82, 22.88].
     """
     v = words.add_(0.5).mul_(-(2.0**-32)).clamp_(min=-_MOST)
     return v.log1p_().neg_().log_()
