@@ -1,0 +1,166 @@
+"""What a model needs of a GPU, and how fast it can be there at most: arithmetic on config.json and specs.toml.
+
+Needs neither GPU nor torch. The speed is a physical limit, not a forecast: every step reads the weights and the keys and
+values of its sequences once, and multiplies; what takes longer bounds it.
+"""
+
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from typing import Any
+
+from evenflow.config import DTYPE_BYTES
+from evenflow.model_config import ModelConfig
+from evenflow.model_files import find_model, read_json
+from evenflow.platforms.specs import Specs, tomllib
+
+MEMORY_SHARE = 0.9  # what the engine takes of a GPU by default
+MEAN_REQUEST_TOKENS = 479  # prompt + output of ShareGPT's mean request
+STEP_TOKENS = 8192  # the largest step
+MAX_SEQS = 256
+GPU_COUNTS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A model on `num_gpus` of one GPU, tensor-parallel. Bytes are per GPU, tokens and requests of all together.
+
+    limit_*: decoded tokens per second at most, at one request and at `num_concurrent` requests of the mean length, when
+    memory and arithmetic overlap perfectly (ideal) and when they do not at all. reason: why it does not fit.
+    """
+
+    model: str
+    gpu: str
+    num_gpus: int
+    dtype: str
+    kv_cache_dtype: str
+    max_model_len: int
+    num_parameters: int
+    weight_bytes: int
+    activation_bytes: int
+    kv_bytes_per_token: int  # of the whole model
+    cache_bytes: int
+    num_cache_tokens: int
+    num_full_length_requests: float
+    num_concurrent: int
+    limit_one_request: float
+    limit_ideal: float
+    limit_no_overlap: float
+    reason: str
+
+    @property
+    def fits(self) -> bool:
+        return not self.reason
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "fits": self.fits}
+
+
+def known_models() -> dict[str, dict[str, Any]]:
+    """Public config.json values of well-known models, so that planning needs no network."""
+    text = files("evenflow").joinpath("plan_models.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
+def read_model_config(model: str, revision: str | None = None) -> ModelConfig:
+    """Of a known name, a directory, "demo" or a Hugging Face name. Raises ValueError."""
+    if (hf := known_models().get(model.lower())) is not None:
+        return ModelConfig.from_hf(hf)
+    try:
+        directory = find_model(model, revision, with_weights=False)
+    except ValueError as error:
+        raise ValueError(f"{error}. Known without files: {', '.join(known_models())}") from None
+    return ModelConfig.from_hf(read_json(directory / "config.json"))
+
+
+def make_plan(
+    name: str,
+    model: ModelConfig,
+    specs: Specs,
+    num_gpus: int = 1,
+    *,
+    dtype: str = "auto",
+    kv_cache_dtype: str = "auto",
+    max_model_len: int | None = None,
+) -> Plan:
+    """Raises ValueError for a number of GPUs that the heads cannot be split over, or a context beyond the model's."""
+    dtype = dtype if dtype != "auto" else model.dtype if model.dtype != "float32" else "bfloat16"
+    kv_cache_dtype = dtype if kv_cache_dtype == "auto" else kv_cache_dtype
+    if model.num_heads % num_gpus:
+        raise ValueError(f"--gpus {num_gpus} must divide the model's {model.num_heads} attention heads")
+    context = max_model_len or model.max_context
+    if context > model.max_context:
+        raise ValueError(f"--max-model-len {context} exceeds the model's context of {model.max_context} tokens")
+    # Key heads are replicated where there are fewer than GPUs.
+    kv_heads_per_gpu = max(model.num_kv_heads // num_gpus, 1)
+    kv_bytes = 2 * model.num_layers * kv_heads_per_gpu * model.head_dim * DTYPE_BYTES[kv_cache_dtype]
+    weight_bytes = -(-model.num_parameters * DTYPE_BYTES[dtype] // num_gpus)
+    activation_bytes = _activation_bytes(model, num_gpus, DTYPE_BYTES[dtype])
+    cache_bytes = max(int(specs.memory_bytes * MEMORY_SHARE) - weight_bytes - activation_bytes, 0)
+    num_tokens = cache_bytes // kv_bytes
+    num_concurrent = min(num_tokens // MEAN_REQUEST_TOKENS, MAX_SEQS)
+    speed = _Speed(model, specs, num_gpus, weight_bytes, kv_bytes)
+    return Plan(
+        model=name,
+        gpu=specs.key,
+        num_gpus=num_gpus,
+        dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
+        max_model_len=context,
+        num_parameters=model.num_parameters,
+        weight_bytes=weight_bytes,
+        activation_bytes=activation_bytes,
+        kv_bytes_per_token=model.kv_elements_per_token * DTYPE_BYTES[kv_cache_dtype],
+        cache_bytes=cache_bytes,
+        num_cache_tokens=num_tokens,
+        num_full_length_requests=num_tokens / context,
+        num_concurrent=num_concurrent,
+        limit_one_request=speed.tokens_per_s(1)[0],
+        limit_ideal=speed.tokens_per_s(num_concurrent)[0],
+        limit_no_overlap=speed.tokens_per_s(num_concurrent)[1],
+        reason=_why_not(specs, weight_bytes + activation_bytes, num_tokens, context),
+    )
+
+
+def _activation_bytes(model: ModelConfig, num_gpus: int, element_bytes: int) -> int:
+    """The largest step: the residual stream twice and the MLP's and attention's products of every token, and the logits
+    of every sequence in float32 three times."""
+    q_and_kv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    per_token = 2 * model.hidden_size + (3 * model.intermediate_size + 2 * q_and_kv) // num_gpus
+    return STEP_TOKENS * per_token * element_bytes + 3 * MAX_SEQS * model.vocab_size * 4
+
+
+def _why_not(specs: Specs, fixed_bytes: int, num_tokens: int, context: int) -> str:
+    budget = int(specs.memory_bytes * MEMORY_SHARE)
+    if fixed_bytes >= budget:
+        return f"weights and activations need {fixed_bytes / 1e9:.1f} GB of the {budget / 1e9:.1f} GB that may be used"
+    if num_tokens < context:
+        return f"the KV cache holds {num_tokens} tokens, less than one request of {context}; lower --max-model-len"
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Speed:
+    """The physical limit of one decode step."""
+
+    model: ModelConfig
+    specs: Specs
+    num_gpus: int
+    weight_bytes: int
+    kv_bytes: int
+
+    def tokens_per_s(self, batch: int) -> tuple[float, float]:
+        """(ideal, no overlap) for `batch` sequences at the mean request's length. All of the GPUs together."""
+        if not batch:
+            return 0.0, 0.0
+        model = self.model
+        context = MEAN_REQUEST_TOKENS
+        embedding = model.vocab_size * model.hidden_size
+        read_weights = self.weight_bytes
+        if not model.tie_word_embeddings:  # of the input embedding only the batch's rows are read
+            read_weights -= embedding * self.weight_bytes // model.num_parameters
+        memory_s = (read_weights + batch * context * self.kv_bytes) / self.specs.bandwidth_bytes_per_s
+        products = model.num_layers * model.num_layer_parameters + embedding
+        attention = 2 * model.num_layers * model.num_heads * model.head_dim * context
+        flops = 2 * batch * (products + attention) / self.num_gpus
+        compute_s = flops / self.specs.bf16_flops
+        return batch / max(memory_s, compute_s), batch / (memory_s + compute_s)
