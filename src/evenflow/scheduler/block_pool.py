@@ -16,6 +16,8 @@ class BlockPool:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
+        self._dirty: set[int] = set()
+        self.zero_block_ids: list[int] = []  # handed out since the caller last emptied it, and dirty
 
     @property
     def num_free(self) -> int:
@@ -28,6 +30,9 @@ class BlockPool:
             self.references[block] = 1
             if block in self._hash_of:
                 self.forget(block)
+            if block in self._dirty:
+                self._dirty.remove(block)
+                self.zero_block_ids.append(block)
         return blocks
 
     def acquire(self, block: int) -> None:
@@ -36,16 +41,13 @@ class BlockPool:
             del self._free[block]
         self.references[block] += 1
 
-    def release(self, blocks: Iterable[int]) -> list[int]:
-        """Drop one reference of each; returns those that became free, in the order in which they will be reused."""
-        freed = []
+    def release(self, blocks: Iterable[int]) -> None:
+        """Drop one reference of each. Those that become free are reused in this order."""
         for block in blocks:
             self.references[block] -= 1
             if self.references[block] == 0:
                 self._free[block] = None
-                freed.append(block)
             assert self.references[block] >= 0, f"block {block} released twice"
-        return freed
 
     def register(self, block: int, block_hash: bytes) -> bool:
         """Make a full block findable. False if another block already has this content."""
@@ -63,6 +65,10 @@ class BlockPool:
         block_hash = self._hash_of.pop(block, None)
         if block_hash is not None:
             del self._block_of[block_hash]
+
+    def mark_dirty(self, blocks: Iterable[int]) -> None:
+        """These may hold NaNs, which a masked read does not survive: they are zeroed when they are next handed out."""
+        self._dirty.update(blocks)
 
     def check_invariants(self, held: dict[int, int]) -> None:
         """held: block -> number of block tables that hold it. Raises AssertionError."""

@@ -5,7 +5,6 @@ A request's counters advance when it is scheduled, so that a step can be planned
 """
 
 from collections import deque
-from collections.abc import Iterable
 
 from evenflow.request import (
     AdmittedRequest,
@@ -53,7 +52,7 @@ class Scheduler:
         self.num_prefix_hits = 0
         self._requests: dict[str, Request] = {}
         self._free_slots = list(range(max_num_seqs))[::-1]
-        self._zero_block_ids: list[int] = []
+        self._unverified: set[Request] = set()  # admitted, and no token sampled from what they computed since
 
     @property
     def num_blocks(self) -> int:
@@ -79,8 +78,8 @@ class Scheduler:
         capacity = min(self.max_model_len, self.num_blocks * self.block_size)
         if longest > capacity:
             raise ValueError(
-                f"prompt of {request.num_prompt_tokens} + max_tokens={request.max_tokens} exceeds the {capacity} tokens "
-                "that a request may have here; shorten the prompt or lower max_tokens"
+                f"prompt of {request.num_prompt_tokens} + max_tokens={request.max_tokens} exceeds the {capacity} "
+                "tokens that a request may have here; shorten the prompt or lower max_tokens"
             )
         self._requests[request.request_id] = request
         self.waiting.append(request)
@@ -96,7 +95,7 @@ class Scheduler:
             self._admit_waiting(rows, requests, admitted, budget)
         if not rows:
             return StepPlan(admitted, rows, requests, _NO_BLOCKS)
-        zero_block_ids, self._zero_block_ids = self._zero_block_ids, []
+        zero_block_ids, self.pool.zero_block_ids = self.pool.zero_block_ids, []
         return StepPlan(admitted, rows, requests, zero_block_ids)
 
     def _schedule_running(self, rows: list[ScheduledRow], requests: list[Request]) -> tuple[int, bool]:
@@ -106,15 +105,11 @@ class Scheduler:
         for request in list(self.running):
             if not budget or request.slot < 0:  # preempted by one before it, as all after it are
                 break
-            start, num_known, num_inflight = (
-                request.num_computed_tokens,
-                len(request.token_ids),
-                request.num_inflight_tokens,
-            )
-            num_total = num_known + num_inflight
-            end = start + min(num_total - start, budget)
+            start, num_inflight = request.num_computed_tokens, request.num_inflight_tokens
+            num_total = len(request.token_ids) + num_inflight
             if num_inflight and num_total - request.num_prompt_tokens >= request.max_tokens:
                 continue  # its last token is on its way
+            end = num_total if num_total - start <= budget else start + budget
             new_blocks = _NO_BLOCKS
             if (needed := -(-end // block_size) - len(request.block_table)) > 0:
                 while needed > pool.num_free and request.slot >= 0:
@@ -174,6 +169,7 @@ class Scheduler:
         request.num_registered_blocks = len(hits)
         request.slot = self._free_slots.pop()
         self.running.append(request)
+        self._unverified.add(request)
         if request.num_preemptions == 0:
             request.num_cached_tokens = len(hits) * self.block_size
             self.num_prefix_queries += request.num_prompt_tokens
@@ -214,33 +210,34 @@ class Scheduler:
         """Take the tokens of a step that has run. Tokens of requests that ended meanwhile are dropped."""
         deltas: list[RequestDelta] = []
         has_extras = bool(result.errors or result.logprobs or result.prompt_logprobs)
+        unverified = self._unverified
         for index, (row, request, token_id) in enumerate(zip(plan.rows, plan.requests, result.token_ids, strict=True)):
-            if row.samples:
+            samples = row.samples
+            if samples:
                 request.num_inflight_tokens -= 1
+            if has_extras and index in result.errors:
+                deltas += self._fail(request, result.errors[index])
+                continue
             if request.finish_reason is not None:
                 continue
-            if has_extras and index in result.errors:
-                self.finish(request, FinishReason.ERROR, result.errors[index])
-            elif row.samples:
+            delta = RequestDelta(request.request_id, [], num_cached_tokens=request.num_cached_tokens)
+            if samples:
+                if unverified:
+                    unverified.discard(request)
                 request.token_ids.append(token_id)
-                self._check_stop(request, token_id)
+                delta.new_token_ids.append(token_id)
+                num_output_tokens = len(request.token_ids) - request.num_prompt_tokens
+                if num_output_tokens >= request.max_tokens or token_id in request.stop_token_ids:
+                    self._check_stop(request, token_id, num_output_tokens)
+                    delta.finish_reason, delta.stop_reason = request.finish_reason, request.stop_reason
             elif index not in result.prompt_logprobs:
                 continue
-            delta = RequestDelta(
-                request.request_id,
-                [token_id] if row.samples and request.finish_reason is not FinishReason.ERROR else [],
-                finish_reason=request.finish_reason,
-                stop_reason=request.stop_reason,
-                num_cached_tokens=request.num_cached_tokens,
-                error=request.error,
-            )
             if has_extras:
                 self._add_logprobs(delta, index, row, request, result)
             deltas.append(delta)
         return deltas
 
-    def _check_stop(self, request: Request, token_id: int) -> None:
-        num_output_tokens = len(request.token_ids) - request.num_prompt_tokens
+    def _check_stop(self, request: Request, token_id: int, num_output_tokens: int) -> None:
         if token_id in request.stop_token_ids and num_output_tokens > request.params.min_tokens:
             if token_id in request.params.stop_token_ids:
                 request.stop_reason = token_id
@@ -259,16 +256,24 @@ class Scheduler:
             delta.prompt_logprobs = new or None
 
     def fail_step(self, plan: StepPlan, error: str) -> list[RequestDelta]:
-        """The step raised: all its requests end, and what it was to compute is not found any more."""
-        deltas = []
+        """The step raised: all its requests end, and what it was to compute is not found any more.
+
+        Steps launched after it may have read what it did not write: pass them here too, not to `update`.
+        """
+        deltas: list[RequestDelta] = []
         for row, request in zip(plan.rows, plan.requests, strict=True):
             request.num_inflight_tokens -= row.samples
-            if request.finish_reason is None:
-                self.finish(request, FinishReason.ERROR, error)
-                deltas.append(
-                    RequestDelta(request.request_id, [], finish_reason=FinishReason.ERROR, error=request.error)
-                )
+            deltas += self._fail(request, error)
         return deltas
+
+    def _fail(self, request: Request, error: str) -> list[RequestDelta]:
+        """End a request whose row failed; one that has ended since leaves only its blocks to be distrusted."""
+        if request.finish_reason is not None:
+            self._distrust(request)
+            return []
+        self.finish(request, FinishReason.ERROR, error)
+        cached = request.num_cached_tokens
+        return [RequestDelta(request.request_id, [], None, None, FinishReason.ERROR, None, cached, error)]
 
     def finish(self, request: Request | str, reason: FinishReason, error: str | None = None) -> None:
         """The single exit: every ending passes here. Unknown and ended requests are left alone."""
@@ -277,18 +282,21 @@ class Scheduler:
             return
         found.finish_reason, found.error = reason, error
         del self._requests[found.request_id]
+        if reason is FinishReason.ERROR:
+            self._distrust(found)
         if found.slot < 0:
             self.waiting.remove(found)
-        elif reason is FinishReason.ERROR:
-            self._distrust(found.block_table)
-            self._zero_block_ids += self._release(found)
         else:
             self._release(found)
 
-    def _distrust(self, blocks: Iterable[int]) -> None:
-        """A failed request may have left anything in its blocks: they are not found again, and zeroed before use."""
-        for block in blocks:
-            self.pool.forget(block)
+    def _distrust(self, request: Request) -> None:
+        """A failure may have left anything in the request's blocks: they are not found again.
+
+        By their names, not from the table: it may have been preempted or aborted since, and have none.
+        """
+        for block_hash in request.block_hashes:
+            if (block := self.pool.find(block_hash)) is not None:
+                self.pool.forget(block)
 
     def _preempt(self, victim: Request) -> None:
         """Take the blocks back; the request goes to the head of the queue and is computed again."""
@@ -297,15 +305,25 @@ class Scheduler:
         victim.num_preemptions += 1
         self.num_preemptions += 1
 
-    def _release(self, request: Request) -> list[int]:
-        """The only line that returns blocks and slots. Returns the blocks that nobody holds any more."""
+    def _release(self, request: Request) -> None:
+        """The only line that returns blocks and slots."""
         self.running.remove(request)
         self._free_slots.append(request.slot)
+        self.pool.mark_dirty(self._unverified_blocks(request))
+        self._unverified.discard(request)
         # Tail first: a chain's head is the most likely to be shared, so it should be reused last.
-        freed = self.pool.release(reversed(request.block_table))
+        self.pool.release(reversed(request.block_table))
         request.slot, request.block_table = -1, []
-        request.num_computed_tokens = request.num_registered_blocks = 0
-        return freed
+        request.num_computed_tokens = 0
+
+    def _unverified_blocks(self, request: Request) -> list[int]:
+        """Those that may hold a NaN which nobody will report. A sampled token vouches for all before it."""
+        if request in self._unverified:
+            return request.block_table
+        num_verified = len(request.token_ids) - 1
+        return (
+            request.block_table[num_verified // self.block_size :] if request.num_computed_tokens > num_verified else []
+        )
 
     def check_invariants(self) -> None:
         """Held + free = all, for blocks and slots. Raises AssertionError."""
