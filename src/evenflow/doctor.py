@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from evenflow import __version__
 from evenflow.demo import MODEL_DIR
@@ -17,6 +18,10 @@ from evenflow.platforms.cpu import available_memory_bytes, total_memory_bytes
 
 MIN_TORCH, BELOW_TORCH = (2, 9), (2, 14)
 MIN_FREE_BYTES = 2**30
+DRIVER_VERSIONS = {
+    "nvidia": ("/proc/driver/nvidia/version", r"\s(\d+\.\d+(?:\.\d+)?)\s"),
+    "amdgpu": ("/sys/module/amdgpu/version", r"(\S+)"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,10 @@ def _torch(facts: Facts) -> Problem | None:
     if facts.torch is None:
         return Problem("PyTorch is not installed", "pip install torch==2.13.0")
     if facts.torch_error:
-        return Problem(f"PyTorch {facts.torch} cannot be imported: {facts.torch_error}", "reinstall it: pip install --force-reinstall torch==2.13.0")
+        return Problem(
+            f"PyTorch {facts.torch} cannot be imported: {facts.torch_error}",
+            "reinstall it: pip install --force-reinstall torch==2.13.0",
+        )
     version = tuple(int(part) for part in re.findall(r"\d+", facts.torch)[:2])
     if not MIN_TORCH <= version < BELOW_TORCH:
         return Problem(f"PyTorch {facts.torch} is outside 2.9 to 2.13", "pip install 'torch>=2.9,<2.14'")
@@ -141,7 +149,7 @@ def collect() -> Facts:
     has_nvidia = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
     has_amd = Path("/dev/kfd").exists()
     torch_version = _version("torch")
-    seen = _torch_facts() if torch_version else {}
+    seen: dict[str, Any] = _torch_facts() if torch_version else {}
     return Facts(
         python=platform.python_version(),
         machine=_cpu_name(),
@@ -161,7 +169,7 @@ def collect() -> Facts:
     )
 
 
-def _torch_facts() -> dict[str, object]:
+def _torch_facts() -> dict[str, Any]:
     try:
         import torch
     except Exception as error:  # a broken installation fails in many ways
@@ -189,10 +197,10 @@ def _unreadable_devices() -> tuple[str, ...]:
 
 
 def _driver() -> str:
-    for path, pattern in (("/proc/driver/nvidia/version", r"\s(\d+\.\d+(?:\.\d+)?)\s"), ("/sys/module/amdgpu/version", r"(\S+)")):
+    for name, (path, pattern) in DRIVER_VERSIONS.items():
         try:
             if match := re.search(pattern, Path(path).read_text()):
-                return f"{'nvidia' if 'nvidia' in path else 'amdgpu'} {match[1]}"
+                return f"{name} {match[1]}"
         except OSError:
             continue
     if (smi := shutil.which("nvidia-smi")) is None:

@@ -1,7 +1,7 @@
 """What a model needs of a GPU, and how fast it can be there at most: arithmetic on config.json and specs.toml.
 
-Needs neither GPU nor torch. The speed is a physical limit, not a forecast: every step reads the weights and the keys and
-values of its sequences once, and multiplies; what takes longer bounds it.
+Needs neither GPU nor torch. The speed is a physical limit, not a forecast: every step reads the weights and the keys
+and values of its sequences once, and multiplies; what takes longer bounds it.
 """
 
 from dataclasses import asdict, dataclass
@@ -11,7 +11,7 @@ from typing import Any
 from evenflow.config import DTYPE_BYTES
 from evenflow.model_config import ModelConfig
 from evenflow.model_files import find_model, read_json
-from evenflow.platforms.specs import Specs, tomllib
+from evenflow.platforms.specs import Specs, read_toml
 
 MEMORY_SHARE = 0.9  # what the engine takes of a GPU by default
 MEAN_REQUEST_TOKENS = 479  # prompt + output of ShareGPT's mean request
@@ -57,8 +57,7 @@ class Plan:
 
 def known_models() -> dict[str, dict[str, Any]]:
     """Public config.json values of well-known models, so that planning needs no network."""
-    text = files("evenflow").joinpath("plan_models.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text)
+    return read_toml(files("evenflow").joinpath("plan_models.toml"))
 
 
 def read_model_config(model: str, revision: str | None = None) -> ModelConfig:

@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(command: str | None) -> tuple[Parser, Parser | None]:
-    """The parser, and that of `command`. Only this one is filled: the others cost imports that --help can do without."""
+    """The parser, and that of `command`. Only this one is filled: the others cost imports."""
     parser = Parser(
         prog="evenflow",
         description="LLM inference with continuous batching and paged attention, on whatever machine there is.",

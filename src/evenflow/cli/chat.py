@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from evenflow.cli.generate import follow, open_llm, say
@@ -9,6 +10,7 @@ from evenflow.cli.options import add_engine_options, add_sampling_options, engin
 
 if TYPE_CHECKING:
     from evenflow.llm import LLM
+    from evenflow.request import RequestOutput
     from evenflow.sampling_params import SamplingParams
 
 EXAMPLES = """examples:
@@ -77,7 +79,7 @@ class Conversation:
         self._forget_what_does_not_fit()
         answer = ""
 
-        def remembered():  # type: ignore[no-untyped-def]
+        def remembered() -> Iterator["RequestOutput"]:
             nonlocal answer
             for output in self.llm.stream_chat(self.system + self.messages, self.params):
                 answer = output.outputs[0].text

@@ -1,10 +1,12 @@
 """Facts about the GPU that PyTorch sees, of either vendor."""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from evenflow.platforms.platform import Platform
 from evenflow.platforms.specs import match_device
 
+T = TypeVar("T")
 KIB = 1024
 # Longest prefix wins. Shared memory that one workgroup may take, and the 8-bit float of the matrix units.
 LDS_BYTES = {
@@ -76,6 +78,6 @@ def platform_of(facts: DeviceFacts) -> Platform:
     )
 
 
-def _by_prefix(table: dict[str, str] | dict[str, int], arch: str):  # type: ignore[no-untyped-def]
+def _by_prefix(table: dict[str, T], arch: str) -> T | None:
     matches = [prefix for prefix in table if arch.startswith(prefix)]
     return table[max(matches, key=len)] if matches else None

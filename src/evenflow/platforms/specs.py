@@ -6,11 +6,15 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import TYPE_CHECKING, Any
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+if TYPE_CHECKING:
+    from importlib.abc import Traversable
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +39,17 @@ class Specs:
     note: str = ""
 
 
+def read_toml(file: "Traversable") -> dict[str, dict[str, Any]]:
+    """A TOML file of tables."""
+    tables: dict[str, dict[str, Any]] = tomllib.loads(file.read_text(encoding="utf-8"))
+    return tables
+
+
 @cache
 def all_specs() -> dict[str, Specs]:
     """Every GPU of specs.toml by its key, in the file's order."""
-    text = files("evenflow.platforms").joinpath("specs.toml").read_text(encoding="utf-8")
     found = {}
-    for key, values in tomllib.loads(text).items():
+    for key, values in read_toml(files("evenflow.platforms").joinpath("specs.toml")).items():
         units = {name: float(values.pop(name)) for name in ("memory_gb", "bandwidth_gb_per_s", "bf16_tflops")}
         found[key] = Specs(
             key=key,

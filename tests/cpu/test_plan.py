@@ -1,0 +1,91 @@
+"""What fits a GPU and how fast it can be, against numbers worked out by hand."""
+
+import json
+
+import pytest
+from checkpoints import make_checkpoint
+
+from evenflow.cli import main
+from evenflow.model_config import ModelConfig
+from evenflow.plan import known_models, make_plan, read_model_config
+from evenflow.platforms.specs import find_specs
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "kv_bytes"),
+    [
+        ("llama-2-7b", 6_738_415_616, 524_288),
+        ("llama-2-13b", 13_015_864_320, 819_200),
+        ("llama-2-70b", 68_976_648_192, 327_680),
+        ("llama-3.1-8b", 8_030_261_248, 131_072),
+        ("llama-3.1-70b", 70_553_706_496, 327_680),
+        ("mistral-7b", 7_241_732_096, 131_072),
+        ("qwen2.5-7b", 7_615_616_512, 57_344),
+        ("qwen3-8b", 8_190_735_360, 147_456),
+    ],
+)
+def test_published_sizes(name, parameters, kv_bytes):
+    """Parameter counts as their authors' checkpoints have them."""
+    plan = make_plan(name, read_model_config(name), find_specs("b200"))
+    assert (plan.num_parameters, plan.kv_bytes_per_token) == (parameters, kv_bytes)
+    assert set(known_models()) >= {name}
+
+
+def test_llama_2_7b_on_an_a100_by_hand():
+    plan = make_plan("llama-2-7b", read_model_config("llama-2-7b"), find_specs("A100 80GB"))
+    assert plan.weight_bytes == 13_476_831_232
+    assert plan.activation_bytes == 8192 * (2 * 4096 + 3 * 11008 + 2 * 3 * 4096) * 2 + 3 * 256 * 32000 * 4
+    assert plan.cache_bytes == 72_000_000_000 - 13_476_831_232 - plan.activation_bytes
+    assert plan.num_cache_tokens == plan.cache_bytes // 524_288
+    assert plan.fits
+    # One request: all weights but the input embedding, and 479 tokens of cache, at 2,039 GB/s.
+    one = 1 / ((13_476_831_232 - 32000 * 4096 * 2 + 479 * 524_288) / 2.039e12)
+    assert plan.limit_one_request == pytest.approx(one)
+    batch = plan.num_concurrent
+    assert batch == min(plan.num_cache_tokens // 479, 256)
+    memory_s = (13_476_831_232 - 32000 * 4096 * 2 + batch * 479 * 524_288) / 2.039e12
+    body = 6_738_415_616 - 2 * 32000 * 4096 - 4096
+    compute_s = 2 * batch * (body + 32000 * 4096 + 2 * 32 * 4096 * 479) / 312e12
+    assert plan.limit_ideal == pytest.approx(batch / max(memory_s, compute_s))
+    assert plan.limit_no_overlap == pytest.approx(batch / (memory_s + compute_s))
+
+
+def test_several_gpus():
+    model, specs = read_model_config("llama-2-70b"), find_specs("mi210")
+    plans = {n: make_plan("llama-2-70b", model, specs, n) for n in (1, 2, 4, 8)}
+    assert [n for n, plan in plans.items() if plan.fits] == [4, 8]
+    assert "weights and activations need" in plans[1].reason
+    # 8 key heads on 16 GPUs: each is held twice, so a GPU's share does not shrink further.
+    sixteen = make_plan("llama-2-70b", model, specs, 16)
+    assert sixteen.cache_bytes // sixteen.num_cache_tokens == pytest.approx(327_680 / 8, rel=1e-3)
+
+
+def test_a_short_cache_does_not_fit():
+    model = read_model_config("llama-3.1-8b")
+    plan = make_plan("m", model, find_specs("rtx-4090"))
+    assert not plan.fits
+    assert "less than one request of 131072; lower --max-model-len" in plan.reason
+    assert make_plan("m", model, find_specs("rtx-4090"), max_model_len=8192).fits
+    half = make_plan("m", model, find_specs("mi300x"), kv_cache_dtype="float8_e4m3fnuz")
+    assert half.kv_bytes_per_token == 65_536
+
+
+def test_the_command(capsys):
+    assert main(["plan", "llama-2-70b", "--gpu", "mi210", "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)
+    assert [(plan["num_gpus"], plan["fits"]) for plan in plans] == [(1, False), (2, False), (4, True), (8, True)]
+    assert main(["plan", "llama-2-70b", "--gpu", "mi210", "--gpus", "1"]) == 3
+    out = capsys.readouterr().out
+    assert "68.98 G parameters in float16, 327,680 KV bytes per token" in out
+    assert "weights and activations need" in out
+
+
+def test_a_directory(tmp_path, capsys):
+    directory = make_checkpoint(tmp_path).directory
+    assert main(["plan", str(directory), "--gpu", "l4"]) == 0
+    assert "1 x l4" in capsys.readouterr().out
+
+
+def test_known_models_are_whole():
+    for name, hf in known_models().items():
+        assert ModelConfig.from_hf(hf).num_parameters > 10**9, name
