@@ -83,9 +83,9 @@ def run_continuous_generate(model: transformers.PreTrainedModel) -> Contestant:
             for prompt, (_, n) in zip(prompts, lengths, strict=True):
                 manager.add_request(prompt, max_new_tokens=n, eos_token_id=-1)
             while left:
-                result = manager.get_result(timeout=60)
+                result = manager.get_result(timeout=600)
                 if result is None:
-                    raise RuntimeError("transformers' continuous batching brought nothing for a minute")
+                    raise RuntimeError("transformers' continuous batching brought nothing for 10 minutes")
                 if result.error:
                     raise RuntimeError(f"transformers' continuous batching failed: {result.error}")
                 if result.is_finished():

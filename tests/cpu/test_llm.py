@@ -216,6 +216,31 @@ def test_nan_keys_do_not_outlive_their_request(llama, expected, monkeypatch):
     assert run(llm, PROMPTS, PARAMS) == expected
 
 
+def test_nan_in_a_prompt_chunk_is_an_error_not_a_logprob(llama, monkeypatch):
+    llm = make_llm(llama.directory, max_num_batched_tokens=16)
+    logits, calls = llm.engine.runner.model.logits, []
+    monkeypatch.setattr(
+        llm.engine.runner.model, "logits", lambda hidden: calls.append(1) or logits(hidden) * float("nan")
+    )
+    output = llm.generate([PROMPTS[12]], greedy(prompt_logprobs=1), use_tqdm=False)[0].outputs[0]
+    assert (output.finish_reason, len(calls)) == ("error", 1)
+    llm.engine.scheduler.check_invariants()
+
+
+def test_an_interrupted_step_leaves_other_requests_sane(llama, monkeypatch):
+    llm = make_llm(llama.directory)
+    stream = llm.stream(PROMPTS[0], greedy(9))
+    next(stream)
+    forward = llm.engine.runner.model.forward
+    monkeypatch.setattr(llm.engine.runner.model, "forward", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    monkeypatch.setattr(llm.engine.runner.model, "forward", forward)
+    assert not llm.engine.has_unfinished
+    assert len(run(llm, [PROMPTS[0]], greedy(9))[0]) == 9
+    llm.engine.scheduler.check_invariants()
+
+
 def test_a_failing_step_ends_its_requests_and_not_the_engine(llama, expected, monkeypatch):
     llm = make_llm(llama.directory)
     forward, calls = llm.engine.runner.model.forward, []

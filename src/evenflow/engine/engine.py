@@ -50,4 +50,7 @@ class Engine:
         except Exception as error:  # whatever it was, it must not take the waiting requests down
             logger.exception("a step of %d requests failed", len(plan.rows))
             return self.scheduler.fail_step(plan, f"the engine failed in this step: {type(error).__name__}")
+        except BaseException:  # interrupted: what the step was to compute is not there
+            self.scheduler.fail_step(plan, "interrupted")
+            raise
         return self.scheduler.update(plan, result)

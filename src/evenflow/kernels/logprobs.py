@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-LOWEST_LOGPROB = -9999.0  # stands for -inf and NaN, which JSON lacks
+LOWEST_LOGPROB = -9999.0  # stands for -inf, which JSON lacks; NaN stays, for the caller to refuse
 _NUM_SPARE = 16  # candidates beyond k, so that a tie at the k-th place is rarely cut
 
 
@@ -21,7 +21,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, T
         best_values, best_ids = _top(logits, min(k, logits.shape[1]))
         values, ids = torch.cat([own, best_values], 1), torch.cat([ids, best_ids], 1)
     logprobs = (values - largest) - log_total
-    return ids, logprobs.nan_to_num(nan=LOWEST_LOGPROB).clamp(min=LOWEST_LOGPROB), ranks
+    return ids, logprobs.clamp(min=LOWEST_LOGPROB), ranks
 
 
 def _top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """One rank's runner: owns the model, the paged cache and the slots' state; executes StepPlans."""
 
+from math import isnan
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from evenflow.runner.batch import Batch, SlotState
 from evenflow.runner.kv_cache import MemoryPlan, make_caches, plan_memory
 from evenflow.runner.sampler import Sampler
 from evenflow.runner.weights import fill_dummy, load_weights
+
+NOT_FINITE = "the model's logits are not finite"
 
 
 class ModelRunner:
@@ -56,11 +59,22 @@ class ModelRunner:
         layer_batch = LayerBatch(self.cos[batch.positions], self.sin[batch.positions], batch.attention)
         hidden = self.model(batch.token_ids, layer_batch, self.kv_caches)
         prompt_logprobs = self._prompt_logprobs(batch, hidden)
+        errors = {
+            row: NOT_FINITE
+            for row, found in prompt_logprobs.items()
+            if any(isnan(entry.logprobs[0]) for entry in found)
+        }
         if not len(batch.sampling_rows):
-            return StepResult([-1] * len(plan.rows), prompt_logprobs=prompt_logprobs)
-        return self._sample(batch, hidden, prompt_logprobs)
+            return StepResult([-1] * len(plan.rows), prompt_logprobs=prompt_logprobs, errors=errors)
+        return self._sample(batch, hidden, prompt_logprobs, errors)
 
-    def _sample(self, batch: Batch, hidden: Tensor, prompt_logprobs: dict[int, list[TokenLogprobs]]) -> StepResult:
+    def _sample(
+        self,
+        batch: Batch,
+        hidden: Tensor,
+        prompt_logprobs: dict[int, list[TokenLogprobs]],
+        errors: dict[int, str],
+    ) -> StepResult:
         rows, slots = batch.sampling_rows, batch.slots[batch.sampling_rows]
         lengths = batch.ends[rows]
         logits = self.model.logits(hidden[batch.sampling_tokens])
@@ -72,7 +86,7 @@ class ModelRunner:
             token_ids.tolist(),
             logprobs={int(rows[i]): logprobs for i, logprobs in sampled.logprobs.items()},
             prompt_logprobs=prompt_logprobs,
-            errors={int(rows[i]): "the model's logits are not finite" for i in sampled.bad_rows},
+            errors=errors | {int(rows[i]): NOT_FINITE for i in sampled.bad_rows},
         )
 
     def _prompt_logprobs(self, batch: Batch, hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
