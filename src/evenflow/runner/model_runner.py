@@ -18,6 +18,7 @@ from evenflow.request import StepPlan, StepResult, TokenLogprobs
 from evenflow.runner.batch import Batch, SlotState
 from evenflow.runner.kv_cache import MemoryPlan, make_caches, plan_memory
 from evenflow.runner.sampler import Sampler
+from evenflow.runner.threads import is_small, one_thread_if
 from evenflow.runner.weights import fill_dummy, load_weights
 
 NOT_FINITE = "the model's logits are not finite"
@@ -38,6 +39,8 @@ class ModelRunner:
         else:
             load_weights(self.model, directory, is_tied=model_config.tie_word_embeddings)
         weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        self.num_parameters = model_config.num_parameters
+        self.kv_bytes_per_token = settings.kv_bytes_per_token(model_config)
         self.memory: MemoryPlan = plan_memory(settings, model_config, weight_bytes)
         self.kv_caches = make_caches(self.memory, settings, model_config, self.device)
         self.workspace = make_workspace(self.kv_caches[0])
@@ -46,9 +49,15 @@ class ModelRunner:
         self.slots = SlotState(settings.max_num_seqs, max_model_len, settings.block_size)
         self.sampler = Sampler(settings.max_num_seqs, model_config.vocab_size, self.device)
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute the plan's tokens, write their keys and values, and sample. Rows of the result are the plan's."""
+        cache_bytes = sum(row.end for row in plan.rows) * self.kv_bytes_per_token
+        is_small_step = is_small(plan.num_tokens, self.num_parameters, self.memory.weight_bytes + cache_bytes)
+        with one_thread_if(is_small_step):
+            return self._execute(plan)
+
+    @torch.inference_mode()
+    def _execute(self, plan: StepPlan) -> StepResult:
         for request in plan.admitted:
             self.slots.admit(request)
             self.sampler.admit(request)
