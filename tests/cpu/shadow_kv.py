@@ -6,7 +6,6 @@ of the true tokens. Wrong sharing, use after free, stale hits and bad recomputat
 A failing row writes Poison, as NaNs spread in the real cache: also from what is masked in a row's last page.
 """
 
-import math
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -56,10 +55,6 @@ def next_token(read: list[Any]) -> int:
 def position_logprobs(read: list[Any], position: int, token_id: int) -> TokenLogprobs:
     """What is reported at a position: depends on all that was read up to it."""
     return TokenLogprobs([token_id], [float(hash(tuple(read[: position + 1])) % 1000)], position + 1)
-
-
-def not_finite(entry: TokenLogprobs) -> TokenLogprobs:
-    return TokenLogprobs(entry.token_ids, [math.nan], entry.rank)
 
 
 @dataclass
@@ -157,8 +152,11 @@ class ShadowRunner:
         is_bad = any(isinstance(cell, Poison) for cell in read)
         last = min(row.end, slot.num_prompt_tokens - 1)
         if slot.params.prompt_logprobs is not None and row.start < last:
-            found = [position_logprobs(read, p, slot.token_ids[p + 1]) for p in range(row.start, last)]
-            result.prompt_logprobs[index] = [not_finite(entry) for entry in found] if is_bad else found
+            if is_bad:
+                result.errors[index] = "not finite"  # as the runner does, although the row may not sample
+            else:
+                logprobs = [position_logprobs(read, p, slot.token_ids[p + 1]) for p in range(row.start, last)]
+                result.prompt_logprobs[index] = logprobs
         if not row.samples:
             return
         slot.token_ids[row.end] = 0 if is_bad else next_token(read)
@@ -365,7 +363,7 @@ class World:
         if delta.new_token_ids:
             assert len(positions) == len(item.expected_prompt_logprobs), "prompt logprobs come before the first token"
         for entry, expected in zip(item.prompt_logprobs, item.expected_prompt_logprobs, strict=False):
-            assert entry == expected or math.isnan(entry.logprobs[0]), "wrong prompt logprobs"
+            assert entry == expected, "wrong prompt logprobs"
 
     def _check_end(self, item: Tracked, delta: RequestDelta) -> None:
         item.finish_reason = delta.finish_reason

@@ -130,10 +130,17 @@ class TestPreemption:
         assert plan.admitted[0].token_ids[8:] == [7]
         assert plan.rows[0].end == 9
 
-    def test_a_step_that_took_blocks_back_admits_nobody(self):
-        scheduler = self.preempting()
-        scheduler.add(make_request("c", 1))
-        assert step(scheduler)[0] == [("a", 8, 9)]
+    def test_a_step_that_took_blocks_back_admits_nobody_although_a_chunk_would_fit(self):
+        limits = {"num_blocks": 6, "max_num_batched_tokens": 8, "max_model_len": 24, "enable_prefix_caching": False}
+        scheduler = make_scheduler(**limits)
+        scheduler.add(make_request("a", 7))
+        scheduler.add(make_request("b", 11))
+        planned = []
+        while not scheduler.num_preemptions:
+            planned = step(scheduler)[0]
+        assert scheduler.pool.num_free >= 2, "enough for the first 7 tokens of b"
+        assert [name for name, *_ in planned] == ["a"]
+        assert [name for name, *_ in step(scheduler)[0]] == ["a", "b"]
 
     def test_the_preempted_return_before_newcomers_in_their_order(self):
         scheduler = make_scheduler(num_blocks=6)
@@ -410,3 +417,35 @@ class TestFailures:
         scheduler.add(make_request("a", 8))
         run(scheduler)
         assert self.handed_out_dirty(scheduler) == set()
+
+
+class TestOddCallers:
+    def test_an_unknown_request_object_is_left_alone(self):
+        scheduler = make_scheduler()
+        request = make_request("a", 3)
+        scheduler.finish(request, FinishReason.ABORT)
+        assert request.finish_reason is None
+        scheduler.add(make_request("a", 3))
+        scheduler.finish(request, FinishReason.ABORT)  # another one of the same id
+        assert scheduler.num_waiting == 1
+
+    def test_an_empty_prompt_and_chunks_that_cannot_be_are_refused(self):
+        with pytest.raises(ValueError, match="prompt of 0 tokens"):
+            make_scheduler().add(make_request("a", []))
+        with pytest.raises(ValueError, match="max_num_batched_tokens=31 .*max_model_len=32"):
+            make_scheduler(enable_chunked_prefill=False, max_num_batched_tokens=31, max_model_len=32)
+
+    def test_prompt_logprobs_that_were_told_make_no_delta(self):
+        scheduler = make_scheduler(num_blocks=4, max_num_batched_tokens=4, max_model_len=16)
+        scheduler.add(make_request("old", 4))
+        scheduler.add(make_request("a", 8, max_tokens=4, prompt_logprobs=0))
+        while scheduler.has_unfinished:
+            plan = scheduler.schedule()
+            found = {
+                index: [TokenLogprobs([p + 1], [0.0], 1) for p in range(row.start, min(row.end, 7))]
+                for index, (row, request) in enumerate(zip(plan.rows, plan.requests, strict=True))
+                if request.request_id == "a" and row.start < 7
+            }
+            for delta in scheduler.update(plan, result(plan, prompt_logprobs=found)):
+                assert delta.new_token_ids or delta.prompt_logprobs
+        assert scheduler.num_preemptions

@@ -38,6 +38,11 @@ class Scheduler:
         enable_prefix_caching: bool = True,
         enable_chunked_prefill: bool = True,
     ) -> None:
+        if not enable_chunked_prefill and max_num_batched_tokens < max_model_len:
+            raise ValueError(
+                f"max_num_batched_tokens={max_num_batched_tokens} cannot hold max_model_len={max_model_len} in one "
+                "step; raise it or enable chunked prefill"
+            )
         self.block_size = block_size
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = max_num_seqs
@@ -74,6 +79,11 @@ class Scheduler:
         """Queue a request. Raises ValueError if its id is taken or it could never run."""
         if request.request_id in self._requests:
             raise ValueError(f"request id {request.request_id!r} is already in use; choose another")
+        if not request.token_ids or request.max_tokens < 1:
+            raise ValueError(
+                f"prompt of {request.num_prompt_tokens} tokens and max_tokens={request.max_tokens}: both must be at "
+                "least 1"
+            )
         longest = request.num_prompt_tokens + request.max_tokens
         capacity = min(self.max_model_len, self.num_blocks * self.block_size)
         if longest > capacity:
@@ -234,6 +244,8 @@ class Scheduler:
                 continue
             if has_extras:
                 self._add_logprobs(delta, index, row, request, result)
+                if not samples and delta.prompt_logprobs is None:
+                    continue  # all of them have been told before a preemption
             deltas.append(delta)
         return deltas
 
@@ -278,7 +290,7 @@ class Scheduler:
     def finish(self, request: Request | str, reason: FinishReason, error: str | None = None) -> None:
         """The single exit: every ending passes here. Unknown and ended requests are left alone."""
         found = self._requests.get(request) if isinstance(request, str) else request
-        if found is None or found.finish_reason is not None:
+        if found is None or self._requests.get(found.request_id) is not found:
             return
         found.finish_reason, found.error = reason, error
         del self._requests[found.request_id]
