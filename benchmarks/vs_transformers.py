@@ -5,7 +5,7 @@ contestant computes the same number of tokens. All run one after the other in th
 the ratio of a round compares neighbours in time.
 
     python benchmarks/vs_transformers.py                      # a round takes 11 minutes on 2 cores
-    python benchmarks/vs_transformers.py --requests 64 --rounds 1 --only evenflow,static-batch
+    python benchmarks/vs_transformers.py --requests 64 --rounds 1 --only "evenflow,transformers static batches"
 """
 
 import argparse
