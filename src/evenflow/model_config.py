@@ -18,7 +18,8 @@ IGNORED = frozenset(
     output_attentions output_hidden_states return_dict chunk_size_feed_forward id2label label2id is_decoder
     problem_type tokenizer_class model_max_length max_length max_sequence_length task_specific_params
     _attn_implementation _attn_implementation_autoset attn_implementation auto_map unsloth_version unsloth_fixed
-    language finetuning_task torchscript neftune_noise_alpha top_k top_p temperature do_sample
+    is_llama_config transformers.js_config language finetuning_task torchscript neftune_noise_alpha
+    top_k top_p temperature do_sample
     """.split()
 )
 LAYER_TYPES = ("full_attention", "sliding_attention")

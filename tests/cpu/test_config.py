@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -178,3 +179,25 @@ def test_windows(changes, windows):
 
 def test_config_survives_json():
     assert ModelConfig.from_hf(json.loads(json.dumps(QWEN3))).head_dim == 128
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "context"),
+    [
+        ("Llama-2-7b-hf", 6_738_415_616, 4096),
+        ("Llama-3.2-1B", 1_235_814_400, 131072),
+        ("Mistral-7B-v0.1", 7_241_732_096, 32768),
+        ("Mistral-Nemo-Base-2407", 12_247_782_400, 1024000),
+        ("Qwen2.5-7B-Instruct", 7_615_616_512, 32768),
+        ("Qwen3-0.6B", 596_049_920, 40960),
+        ("SmolLM-135M", 134_515_008, 8192),
+        ("DeepSeek-R1-Distill-Qwen-1.5B", 1_777_088_000, 131072),
+        ("TinyLlama-1.1B", 1_100_048_384, 2048),
+        ("vicuna-7b-v1.5-16k", 6_738_415_616, 16384),
+    ],
+)
+def test_published_configs_are_read(name, parameters, context):
+    """Their parameter counts are those of the checkpoints that their authors published."""
+    published = json.loads((Path(__file__).parent / "published_configs.json").read_text())
+    config = ModelConfig.from_hf(published[name])
+    assert (config.num_parameters, config.max_context) == (parameters, context)
