@@ -54,8 +54,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         "engine",
         "beam_search",
         "progress",
-        "runner",
-        "scheduler",
         "request",
         "sampling_params",
         "config",
