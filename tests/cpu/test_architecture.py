@@ -81,7 +81,15 @@ NO_TORCH = {
 }
 # These may import torch inside functions, when it is certain that it is needed.
 LAZY_TORCH = {"cli", "doctor", "platforms"}
-NO_TORCH_FILES = {"engine/input.py", "engine/output.py", "engine/opening.py", "demo/__init__.py"}
+NO_TORCH_FILES = {
+    "engine/client.py",
+    "engine/input.py",
+    "engine/messages.py",
+    "engine/opening.py",
+    "engine/output.py",
+    "engine/stats.py",
+    "demo/__init__.py",
+}
 VENDORS = re.compile(r"\b(nvidia|amd|rocm|hip|is_hip|gfx\w+|sm_\d+)\b", re.IGNORECASE)
 VENDOR_FILES = {"platforms", "plan", "doctor", "demo"}
 
