@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import zmq
 import zmq.asyncio
@@ -43,7 +43,7 @@ from evenflow.engine.messages import (
 from evenflow.engine.opening import OpenedModel
 from evenflow.engine.output import OutputProcessor
 from evenflow.engine.stats import EngineStats
-from evenflow.request import Request, RequestOutput
+from evenflow.request import Request, RequestDelta, RequestOutput
 from evenflow.sampling_params import SamplingParams
 
 logger = logging.getLogger("evenflow")
@@ -62,12 +62,35 @@ class EngineDeadError(RuntimeError):
         self.is_bad_input = is_bad_input
 
 
+class EngineObserver(Protocol):
+    """Who wants to know how the engine does. Called on the event loop, once a step or less often."""
+
+    def engine_stats(self, stats: EngineStats) -> None: ...
+
+    def first_token(self, ttft_s: float, queue_s: float | None) -> None: ...
+
+    def tokens(self, count: int, itl_s: float) -> None:
+        """`count` tokens that came itl_s after the one before them."""
+
+
+class _Timing:
+    """Of one sequence: when it was asked for, how long it waited in the engine, when its last token came."""
+
+    __slots__ = ("asked_s", "last_s", "queue_s")
+
+    def __init__(self, asked_s: float) -> None:
+        self.asked_s, self.last_s = asked_s, 0.0
+        self.queue_s: float | None = None
+
+
 class Generation:
     """Prompts on their way. Iterate over it for (prompt index, RequestOutput); in any case, end it with `abort`."""
 
-    def __init__(self, client: "EngineClient", request_ids: list[str], num_requests: int) -> None:
-        self.request_ids = request_ids
-        self.num_requests = num_requests
+    def __init__(
+        self, client: "EngineClient", request_ids: list[str], prompt_lengths: list[int], num_requests: int
+    ) -> None:
+        self.request_ids, self.prompt_lengths, self.num_requests = request_ids, prompt_lengths, num_requests
+        self.is_closed = False
         self._client = client
         self._index_of = {request_id: index for index, request_id in enumerate(request_ids)}
         self._num_live = len(request_ids)
@@ -96,15 +119,17 @@ class Generation:
         self._wake.set()
 
     def abort(self) -> None:
-        """End whatever still runs. To be called once, at the end of every generation."""
-        self._client.forget(self)
+        """End whatever still runs. Every generation ends with this; harmless twice."""
+        if not self.is_closed:
+            self.is_closed = True
+            self._client.forget(self)
 
 
 class EngineClient:
     """One engine in a process of its own. `start` it, `generate`, `close` it.
 
     engine_timeout_s: with work pending and no word from the engine for so long, it counts as hung, and is killed.
-    on_stats: called with every snapshot. engine_command: for tests that plant faults.
+    engine_command: for tests that plant faults.
     """
 
     def __init__(
@@ -113,7 +138,7 @@ class EngineClient:
         opened: OpenedModel,
         *,
         engine_timeout_s: float = 60.0,
-        on_stats: Callable[[EngineStats], None] = lambda stats: None,
+        observer: EngineObserver | None = None,
         engine_command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
         self.config, self.opened = config, opened
@@ -121,9 +146,11 @@ class EngineClient:
         self.memory_account = ""
         self.error: EngineDeadError | None = None
         self.num_requests = 0  # sequences in the engine, and being tokenized for it
-        self._engine_timeout_s, self._engine_command, self._on_stats = engine_timeout_s, engine_command, on_stats
+        self.num_prompt_tokens = 0  # of these; before tokenizing, at most as many
+        self._engine_timeout_s, self._engine_command, self._observer = engine_timeout_s, engine_command, observer
         self._outputs = OutputProcessor(opened.tokenizer)
         self._generation_of: dict[str, Generation] = {}
+        self._timings: dict[str, _Timing] = {}  # by the engine's ids
         self._request_ids = map(str, count())
         self._pings: dict[int, asyncio.Future[Pong]] = {}
         self._ping_numbers = count()
@@ -237,8 +264,10 @@ class EngineClient:
         Raises ValueError that names what is wrong, before anything is queued, or EngineDeadError.
         """
         self.raise_if_dead()
-        num_requests = len(prompts) * params.n
+        asked_s = time.perf_counter()
+        num_requests, size = len(prompts) * params.n, sum(map(_prompt_size, prompts))
         self.num_requests += num_requests
+        self.num_prompt_tokens += size
         try:
             ids = [next(self._request_ids) for _ in prompts]
             requests = await self.off_loop(
@@ -254,7 +283,11 @@ class EngineClient:
         except BaseException:
             self.num_requests -= num_requests
             raise
-        generation = Generation(self, ids, num_requests)
+        finally:
+            self.num_prompt_tokens -= size
+        lengths = [len(children[0].token_ids) for children in requests]
+        self.num_prompt_tokens += sum(lengths)
+        generation = Generation(self, ids, lengths, num_requests)
         for request_id, prompt, children in zip(ids, prompts, requests, strict=True):
             child_ids = [child.request_id for child in children]
             self._outputs.add(
@@ -262,6 +295,7 @@ class EngineClient:
             )
             self._generation_of[request_id] = generation
             for child in children:
+                self._timings[child.request_id] = _Timing(asked_s)
                 self._send(AddRequest.of(child))
         return generation
 
@@ -312,8 +346,10 @@ class EngineClient:
         for request_id in generation.request_ids:
             if self._generation_of.pop(request_id, None) is not None:
                 live += self._outputs.abort(request_id)
+        for child_id in live:
+            self._timings.pop(child_id, None)
         self.num_requests -= generation.num_requests
-        generation.num_requests = 0
+        self.num_prompt_tokens -= sum(generation.prompt_lengths)
         if live and self.error is None:
             self._send(AbortRequests(live))
 
@@ -326,19 +362,45 @@ class EngineClient:
     def _apply(self, message: ToFront) -> None:
         self._last_heard_s = time.monotonic()
         match message:
-            case StepOutput(deltas, stats):
+            case StepOutput(deltas, stats, queue_times):
+                self._observe(deltas, queue_times)
                 touched, to_abort = self._outputs.apply(deltas)
                 if to_abort:
                     self._send(AbortRequests(to_abort))
                 for request_id in touched:
                     self._generation_of[request_id].touch(request_id)
-                self._on_stats(stats)
+                self._tell_stats(stats)
             case Pong(number, stats):
                 if (future := self._pings.pop(number, None)) is not None and not future.done():
                     future.set_result(message)
-                self._on_stats(stats)
+                self._tell_stats(stats)
             case Failed(error, is_bad_input):
                 self._die(EngineDeadError(error, is_bad_input))
+
+    def _tell_stats(self, stats: EngineStats) -> None:
+        if self._observer is not None:
+            self._observer.engine_stats(stats)
+
+    def _observe(self, deltas: Sequence[RequestDelta], queue_times: Sequence[tuple[str, float]]) -> None:
+        """Time to first token, and between tokens. Rows that all stepped last time have one time in common."""
+        now = time.perf_counter()
+        for request_id, queue_s in queue_times:
+            if (timing := self._timings.get(request_id)) is not None:
+                timing.queue_s = queue_s
+        counts: dict[float, int] = {}
+        for delta in deltas:
+            ended = delta.finish_reason is not None
+            timing = self._timings.pop(delta.request_id, None) if ended else self._timings.get(delta.request_id)
+            if timing is None or not delta.new_token_ids or self._observer is None:
+                continue
+            if timing.last_s:
+                counts[timing.last_s] = counts.get(timing.last_s, 0) + 1
+            else:
+                self._observer.first_token(now - timing.asked_s, timing.queue_s)
+            timing.last_s = now
+        for last_s, number in counts.items():
+            assert self._observer is not None
+            self._observer.tokens(number, now - last_s)
 
     async def ping(self, timeout_s: float, max_cells: int = 0) -> Pong | None:
         """The engine's answer, None if it gives none in time. A step must end before it can answer."""

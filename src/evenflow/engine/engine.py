@@ -28,6 +28,8 @@ class Engine:
         self.scheduler, self.runner = scheduler, runner
         self.num_steps = 0
         self._step_time_s = 0.0
+        self._added_s: dict[str, float] = {}  # requests that no step has computed anything of
+        self.queue_times: list[tuple[str, float]] = []  # (request id, seconds waited) of those the last step began
         self._num_computed_tokens = self._num_output_tokens = self._num_failed_rows = 0  # since the start
 
     @property
@@ -37,10 +39,12 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError if it could never run."""
         self.scheduler.add(request)
+        self._added_s[request.request_id] = time.perf_counter()
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests in whatever state they are; unknown and finished ids are fine."""
         for request_id in request_ids:
+            self._added_s.pop(request_id, None)
             self.scheduler.finish(request_id, FinishReason.ABORT)
 
     def step(self) -> list[RequestDelta]:
@@ -50,6 +54,7 @@ class Engine:
             return []
         self.num_steps += 1
         start_s = time.perf_counter()
+        self.queue_times = self._take_queue_times(plan, start_s) if self._added_s else []
         try:
             result = self.runner.execute(plan)
         except Exception as error:  # whatever it was, it must not take the waiting requests down
@@ -62,6 +67,11 @@ class Engine:
         deltas = self.scheduler.update(plan, result)
         self._count(plan, result, time.perf_counter() - start_s)
         return deltas
+
+    def _take_queue_times(self, plan: StepPlan, now_s: float) -> list[tuple[str, float]]:
+        """Of the requests in the plan that no step before has computed anything of."""
+        ids = [request.request_id for request in plan.requests if request.request_id in self._added_s]
+        return [(request_id, now_s - self._added_s.pop(request_id)) for request_id in ids]
 
     def _count(self, plan: StepPlan, result: StepResult, step_time_s: float) -> None:
         self._step_time_s += step_time_s

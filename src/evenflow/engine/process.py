@@ -103,8 +103,9 @@ class EngineServer:
                     return
                 self._apply(message)
             if engine.has_unfinished or self._refused:
-                deltas, self._refused = self._refused, []
-                channel.send(StepOutput(deltas + engine.step(), engine.stats()))
+                refused, self._refused = self._refused, []
+                deltas = engine.step()
+                channel.send(StepOutput(refused + deltas, engine.stats(), engine.queue_times))
 
     def _apply(self, message: ToEngine) -> None:
         if isinstance(message, AddRequest):
