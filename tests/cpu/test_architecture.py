@@ -62,6 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "model_config",
         "tokenizer",
     },
+    "server": {"engine", "request"},
     "plan": {"config", "model_config", "model_files", "platforms"},
     "doctor": {"platforms", "demo"},
     "cli": {"llm", "engine", "plan", "doctor", "config", "platforms", "request", "sampling_params"},
@@ -79,11 +80,12 @@ NO_TORCH = {
     "scheduler",
     "beam_search",
     "progress",
+    "server",
     "plan",
 }
 # These may import torch inside functions, when it is certain that it is needed.
 LAZY_TORCH = {"cli", "doctor", "platforms"}
-NO_TORCH_FILES = {"engine/input.py", "engine/output.py", "engine/opening.py", "demo/__init__.py"}
+NO_TORCH_FILES = {"engine/input.py", "engine/output.py", "engine/opening.py", "engine/stats.py", "demo/__init__.py"}
 VENDORS = re.compile(r"\b(nvidia|amd|rocm|hip|is_hip|gfx\w+|sm_\d+)\b", re.IGNORECASE)
 VENDOR_FILES = {"platforms", "plan", "doctor", "demo"}
 

@@ -1,7 +1,7 @@
 """The server's metrics: what Prometheus scrapes and what the status page polls.
 
 Owns names, buckets and the last minute's percentiles. Measures nothing itself: the front hands it durations and the
-engine's snapshots. All methods belong to the event loop's thread; the ones called for each token take a few microseconds.
+engine's snapshots. All methods belong to the event loop's thread; those called for each token take a few microseconds.
 Names are those of vLLM where it has the metric, with the prefix `evenflow_`.
 """
 
@@ -26,7 +26,8 @@ SLICE_S = 5.0  # the window moves in steps of this
 RATE_WINDOW_S = 5.0
 RATE_SAMPLE_S = 0.25
 GROWTH = 1.05  # of a percentile's buckets: a value is off by 2.5 % at most
-SMALLEST_S, LARGEST_S = 1e-6, 1e6  # what lies outside counts as this, which bounds the buckets at 567
+LOG_GROWTH = math.log(GROWTH)
+SMALLEST_S, LARGEST_S = 1e-6, 1e6  # what lies outside counts as this, which bounds the number of buckets at 567
 
 # fmt: off
 TOKEN_SECONDS = (
@@ -71,7 +72,7 @@ class SlidingPercentiles:
             self._slices.append((now, Tally()))
             self._drop_old(now)
         clamped = min(max(seconds, SMALLEST_S), LARGEST_S)
-        self._slices[-1][1][math.floor(math.log(clamped) / math.log(GROWTH))] += count
+        self._slices[-1][1][math.floor(math.log(clamped) / LOG_GROWTH)] += count
 
     def milliseconds(self, *percents: int) -> dict[str, float | None]:
         """{"p50": ...} by nearest rank, None where the window holds nothing."""
@@ -91,32 +92,33 @@ def _nearest_rank(counts: Tally[int], percent: int) -> float | None:
     for bucket in sorted(counts):
         rank -= counts[bucket]
         if rank <= 0:
-            return 1000 * GROWTH ** (bucket + 0.5)
+            return 1000 * math.exp((bucket + 0.5) * LOG_GROWTH)
     return None
 
 
 class TokenRates:
-    """Tokens a second over the last RATE_WINDOW_S, from totals that never fall."""
+    """Tokens a second over the last RATE_WINDOW_S. `totals` returns (prompt, output) tokens and never falls."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._samples: deque[tuple[float, int, int]] = deque([(clock(), 0, 0)])  # (time, prompt total, output total)
+    def __init__(self, clock: Callable[[], float], totals: Callable[[], tuple[int, int]]) -> None:
+        self._clock, self._totals = clock, totals
+        self._samples = deque([(clock(), *totals())])
 
-    def sample(self, prompt_tokens: int, output_tokens: int) -> None:
+    def sample(self) -> None:
         """Note the totals, at most once every RATE_SAMPLE_S."""
         now = self._clock()
         if now - self._samples[-1][0] >= RATE_SAMPLE_S:
-            self._samples.append((now, prompt_tokens, output_tokens))
+            self._samples.append((now, *self._totals()))
             self._drop_old(now)
 
-    def rates(self, prompt_tokens: int, output_tokens: int) -> tuple[float, float]:
-        """(prompt, output) tokens a second up to now, given the totals now."""
+    def rates(self) -> tuple[float, float]:
+        """(prompt, output) tokens a second up to now."""
         now = self._clock()
         self._drop_old(now)
-        start, prompts, outputs = self._samples[0]
+        start, prompts_then, outputs_then = self._samples[0]
+        prompts, outputs = self._totals()
         # A start before the window: nothing came until the next sample, so its totals still held when the window began.
         elapsed = min(max(now - start, RATE_SAMPLE_S), RATE_WINDOW_S)
-        return (prompt_tokens - prompts) / elapsed, (output_tokens - outputs) / elapsed
+        return (prompts - prompts_then) / elapsed, (outputs - outputs_then) / elapsed
 
     def _drop_old(self, now: float) -> None:
         while len(self._samples) > 1 and self._samples[1][0] <= now - RATE_WINDOW_S:
@@ -132,14 +134,12 @@ class EngineCollector(Collector):
         self._model_name = model_name
         self._before: tuple[float, ...] = _totals_of(NO_STATS)  # totals of the engines before this one
 
-    def update(self, stats: EngineStats) -> dict[str, float]:
-        """Take a snapshot; returns by how much each total grew. A total that fell means a new engine."""
-        new, old = _totals_of(stats), _totals_of(self.latest)
-        if any(map(operator.lt, new, old)):
+    def update(self, stats: EngineStats) -> EngineStats:
+        """Take a snapshot; returns the one before it of this engine. A total that fell means a new engine."""
+        if any(map(operator.lt, _totals_of(stats), _totals_of(self.latest))):
             self.reset()
-            old = _totals_of(NO_STATS)
-        self.latest, self.is_up = stats, True
-        return dict(zip(ENGINE_TOTALS, map(operator.sub, new, old), strict=True))
+        before, self.latest, self.is_up = self.latest, stats, True
+        return before
 
     def reset(self) -> None:
         """The engine is gone: its gauges are 0, its totals are kept."""
@@ -193,9 +193,9 @@ class Metrics(Collector):
         self._registry.register(self._engine)
         if sys.platform == "linux":
             ProcessCollector(registry=self._registry)
-        self._rates = TokenRates(clock)
-        self._ttft, self._itl = SlidingPercentiles(clock), SlidingPercentiles(clock)
         self._num_first_tokens = 0
+        self._rates = TokenRates(clock, self._token_totals)
+        self._ttft, self._itl = SlidingPercentiles(clock), SlidingPercentiles(clock)
         self._num_finished = dict.fromkeys(FinishReason, 0)
         self._bind_counters()
         self._bind_histograms()
@@ -289,11 +289,12 @@ class Metrics(Collector):
 
     def engine_stats(self, stats: EngineStats) -> None:
         """The engine's snapshot after a step. It proves that the engine is up."""
-        grown = self._engine.update(stats)
-        if grown["num_steps"] > 0:  # one message a step; a message about several observes their mean
-            self._step_s.observe(grown["step_time_s"] / grown["num_steps"])
-            self._step_tokens.observe(grown["num_computed_tokens"] / grown["num_steps"])
-        self._rates.sample(*self._token_totals())
+        before = self._engine.update(stats)
+        num_steps = stats.num_steps - before.num_steps
+        if num_steps > 0:  # one message a step; a message about several observes their mean
+            self._step_s.observe((stats.step_time_s - before.step_time_s) / num_steps)
+            self._step_tokens.observe((stats.num_computed_tokens - before.num_computed_tokens) / num_steps)
+        self._rates.sample()
 
     def engine_up(self, is_up: bool) -> None:
         """The engine process became ready, or is gone; its gauges are then 0."""
@@ -314,7 +315,7 @@ class Metrics(Collector):
     def live(self) -> dict[str, object]:
         """The state now, for a page that polls: JSON types only; rates over 5 s, percentiles over 60 s."""
         stats, totals = self._engine.latest, self._engine.totals()
-        prompt_rate, output_rate = self._rates.rates(*self._token_totals())
+        prompt_rate, output_rate = self._rates.rates()
         finished = self._num_finished
         return {
             "num_running": stats.num_running,
