@@ -62,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "model_config",
         "tokenizer",
     },
-    "server": {"engine", "request"},
+    "server": {"engine", "request", "sampling_params"},
     "plan": {"config", "model_config", "model_files", "platforms"},
     "doctor": {"platforms", "demo"},
     "cli": {"llm", "engine", "plan", "doctor", "config", "platforms", "request", "sampling_params"},
