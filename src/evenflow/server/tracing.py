@@ -1,7 +1,7 @@
 """Optional traces: one OpenTelemetry span a request, sent over OTLP/HTTP by a thread of its own.
 
-Owns the span's attributes: a closed list, so that no prompt and no output can get into a span. OpenTelemetry is imported
-when tracing is asked for, and only then; its standard environment variables (OTEL_EXPORTER_OTLP_HEADERS,
+Owns the span's attributes: a closed list, so that no prompt and no output can get into a span. OpenTelemetry is
+imported when tracing is asked for, and only then; its standard environment variables (OTEL_EXPORTER_OTLP_HEADERS,
 OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER, ...) hold. Its global state is not touched.
 """
 
