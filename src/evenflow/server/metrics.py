@@ -24,7 +24,7 @@ from evenflow.request import FinishReason
 WINDOW_S = 60.0  # of the percentiles
 SLICE_S = 5.0  # the window moves in steps of this
 RATE_WINDOW_S = 5.0
-RATE_SAMPLE_S = 0.25
+RATE_SLICE_S = 0.25
 GROWTH = 1.05  # of a percentile's buckets: a value is off by 2.5 % at most
 LOG_GROWTH = math.log(GROWTH)
 SMALLEST_S, LARGEST_S = 1e-6, 1e6  # what lies outside counts as this, which bounds the number of buckets at 567
@@ -97,32 +97,35 @@ def _nearest_rank(counts: Tally[int], percent: int) -> float | None:
 
 
 class TokenRates:
-    """Tokens a second over the last RATE_WINDOW_S. `totals` returns (prompt, output) tokens and never falls."""
+    """Prompt and output tokens a second over the last RATE_WINDOW_S, which moves in steps of RATE_SLICE_S."""
 
-    def __init__(self, clock: Callable[[], float], totals: Callable[[], tuple[int, int]]) -> None:
-        self._clock, self._totals = clock, totals
-        self._samples = deque([(clock(), *totals())])
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock, self._started = clock, clock()
+        self._slices: deque[tuple[int, list[int]]] = deque()  # (time // RATE_SLICE_S, [prompt, output])
 
-    def sample(self) -> None:
-        """Note the totals, at most once every RATE_SAMPLE_S."""
-        now = self._clock()
-        if now - self._samples[-1][0] >= RATE_SAMPLE_S:
-            self._samples.append((now, *self._totals()))
+    def add(self, num_prompt_tokens: int, num_output_tokens: int) -> None:
+        now = int(self._clock() // RATE_SLICE_S)
+        if not self._slices or self._slices[-1][0] != now:
+            self._slices.append((now, [0, 0]))
             self._drop_old(now)
+        counts = self._slices[-1][1]
+        counts[0] += num_prompt_tokens
+        counts[1] += num_output_tokens
 
     def rates(self) -> tuple[float, float]:
         """(prompt, output) tokens a second up to now."""
-        now = self._clock()
-        self._drop_old(now)
-        start, prompts_then, outputs_then = self._samples[0]
-        prompts, outputs = self._totals()
-        # A start before the window: nothing came until the next sample, so its totals still held when the window began.
-        elapsed = min(max(now - start, RATE_SAMPLE_S), RATE_WINDOW_S)
-        return (prompts - prompts_then) / elapsed, (outputs - outputs_then) / elapsed
+        time_now = self._clock()
+        oldest = self._drop_old(int(time_now // RATE_SLICE_S))
+        elapsed = max(time_now - max(oldest * RATE_SLICE_S, self._started), RATE_SLICE_S)
+        prompts, outputs = (sum(counts[i] for _, counts in self._slices) for i in (0, 1))
+        return max(prompts, 0) / elapsed, outputs / elapsed
 
-    def _drop_old(self, now: float) -> None:
-        while len(self._samples) > 1 and self._samples[1][0] <= now - RATE_WINDOW_S:
-            self._samples.popleft()
+    def _drop_old(self, now: int) -> int:
+        """Returns the first slice of the window."""
+        oldest = now - round(RATE_WINDOW_S / RATE_SLICE_S) + 1
+        while self._slices and self._slices[0][0] < oldest:
+            self._slices.popleft()
+        return oldest
 
 
 class EngineCollector(Collector):
@@ -193,8 +196,7 @@ class Metrics(Collector):
         self._registry.register(self._engine)
         if sys.platform == "linux":
             ProcessCollector(registry=self._registry)
-        self._num_first_tokens = 0
-        self._rates = TokenRates(clock, self._token_totals)
+        self._rates = TokenRates(clock)
         self._ttft, self._itl = SlidingPercentiles(clock), SlidingPercentiles(clock)
         self._num_finished = dict.fromkeys(FinishReason, 0)
         self._bind_counters()
@@ -254,7 +256,7 @@ class Metrics(Collector):
 
         The token itself is counted by `tokens`.
         """
-        self._num_first_tokens += 1
+        self._rates.add(1, 0)
         self._ttft_s.observe(ttft_s)
         self._ttft.add(ttft_s)
         if queue_s is not None:
@@ -291,10 +293,13 @@ class Metrics(Collector):
         """The engine's snapshot after a step. It proves that the engine is up."""
         before = self._engine.update(stats)
         num_steps = stats.num_steps - before.num_steps
+        num_computed = stats.num_computed_tokens - before.num_computed_tokens
+        num_sampled = stats.num_output_tokens - before.num_output_tokens
         if num_steps > 0:  # one message a step; a message about several observes their mean
             self._step_s.observe((stats.step_time_s - before.step_time_s) / num_steps)
-            self._step_tokens.observe((stats.num_computed_tokens - before.num_computed_tokens) / num_steps)
-        self._rates.sample()
+            self._step_tokens.observe(num_computed / num_steps)
+        # A request of P prompt and N output tokens computes P + N - 1: `first_token` adds the one that lacks.
+        self._rates.add(num_computed - num_sampled, num_sampled)
 
     def engine_up(self, is_up: bool) -> None:
         """The engine process became ready, or is gone; its gauges are then 0."""
@@ -338,9 +343,3 @@ class Metrics(Collector):
                 "failed": finished[FinishReason.ERROR],
             },
         }
-
-    def _token_totals(self) -> tuple[int, int]:
-        """(prompt, output) tokens computed. A request of P and N tokens computes P + N - 1 and samples N."""
-        totals = self._engine.totals()
-        outputs = int(totals["num_output_tokens"])
-        return int(totals["num_computed_tokens"]) - outputs + self._num_first_tokens, outputs
