@@ -292,6 +292,17 @@ def test_live_says_what_the_page_shows(metrics, clock):
     }
 
 
+def test_tokens_that_come_together_weigh_as_many(metrics):
+    metrics.tokens(9, 0.02)
+    metrics.tokens(1, 0.5)
+    metrics.tokens(0, 7.0)
+    assert metrics.live()["itl_ms"] == {
+        "p50": pytest.approx(20, rel=0.025),
+        "p90": pytest.approx(20, rel=0.025),
+        "p99": pytest.approx(500, rel=0.025),
+    }
+
+
 def test_rates_are_those_of_the_last_seconds(metrics, clock):
     for step in range(1, 2001):  # 100 steps a second, 3 output and 8 prompt tokens each
         clock.now += 0.01

@@ -273,7 +273,7 @@ class Metrics(Collector):
     def request_finished(
         self, reason: str, e2e_s: float, num_prompt_tokens: int, num_output_tokens: int, num_cached_tokens: int
     ) -> None:
-        """A request that was started ended. `reason` is a FinishReason; ValueError if it is not."""
+        """A request that was started ended; once for each. `reason` is a FinishReason; ValueError if it is not."""
         finish_reason = FinishReason(reason)
         self._num_finished[finish_reason] += 1
         self._finished[finish_reason].inc()
@@ -302,7 +302,7 @@ class Metrics(Collector):
         self._rates.add(num_computed - num_sampled, num_sampled)
 
     def engine_up(self, is_up: bool) -> None:
-        """The engine process became ready, or is gone; its gauges are then 0."""
+        """The engine process became ready, or is gone and its last snapshot was taken; its gauges are then 0."""
         if not is_up:
             self._engine.reset()
         self._engine.is_up = is_up
