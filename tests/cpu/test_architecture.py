@@ -60,9 +60,22 @@ MAY_IMPORT: dict[str, set[str]] = {
         "model_config",
         "tokenizer",
     },
+    "server": {
+        "engine",
+        "request",
+        "sampling_params",
+        "config",
+        "guided",
+        "model_config",
+        "model_files",
+        "platforms",
+        "tokenizer",
+        "detokenizer",
+        "chat_template",
+    },
     "plan": {"config", "model_config", "model_files", "platforms"},
     "doctor": {"platforms", "demo"},
-    "cli": {"llm", "engine", "plan", "doctor", "config", "platforms", "request", "sampling_params"},
+    "cli": {"llm", "server", "engine", "plan", "doctor", "config", "platforms", "request", "sampling_params"},
     "__main__": {"cli"},
 }
 NO_TORCH = {
@@ -77,6 +90,7 @@ NO_TORCH = {
     "scheduler",
     "beam_search",
     "progress",
+    "server",
     "plan",
 }
 # These may import torch inside functions, when it is certain that it is needed.
