@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": {"request"},
     "detokenizer": {"tokenizer"},
     "scheduler": {"request", "sampling_params"},
+    "guided": {"request", "sampling_params", "tokenizer"},
     "kernels": {"platforms"},
     "distributed": {"platforms"},
     "layers": {"kernels", "distributed", "model_config"},
@@ -47,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "platforms",
         "tokenizer",
         "detokenizer",
+        "guided",
         "runner",
     },
     "beam_search": {"sampling_params"},
@@ -90,6 +92,7 @@ NO_TORCH = {
     "scheduler",
     "beam_search",
     "progress",
+    "guided",
     "server",
     "plan",
 }

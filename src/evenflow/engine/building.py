@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 from evenflow.config import Settings
 from evenflow.engine.engine import Engine
+from evenflow.engine.input import eos_token_ids
 from evenflow.engine.opening import OpenedModel
+from evenflow.guided.matcher import GuidedDecoding
 from evenflow.runner.model_runner import ModelRunner
 from evenflow.scheduler import Scheduler
 
@@ -32,4 +34,9 @@ def build_engine(settings: Settings, opened: OpenedModel) -> BuiltEngine:
         enable_prefix_caching=settings.enable_prefix_caching,
         enable_chunked_prefill=settings.enable_chunked_prefill,
     )
-    return BuiltEngine(Engine(scheduler, runner), settings, str(runner.memory))
+    model, tokenizer = opened.model_config, opened.tokenizer
+    guided = None
+    if tokenizer is not None:
+        eos_ids = eos_token_ids(model, tokenizer, opened.generation_config)
+        guided = GuidedDecoding(tokenizer, model.vocab_size, eos_ids)
+    return BuiltEngine(Engine(scheduler, runner, guided), settings, str(runner.memory))

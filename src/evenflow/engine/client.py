@@ -69,8 +69,8 @@ class EngineObserver(Protocol):
 
     def first_token(self, ttft_s: float, queue_s: float | None) -> None: ...
 
-    def tokens(self, count: int, itl_s: float) -> None:
-        """`count` tokens that came itl_s after the one before them."""
+    def tokens(self, count: int, itl_s: float | None) -> None:
+        """`count` tokens came, each itl_s after the one before it; None: each is its request's first."""
 
 
 class _Timing:
@@ -387,20 +387,19 @@ class EngineClient:
         for request_id, queue_s in queue_times:
             if (timing := self._timings.get(request_id)) is not None:
                 timing.queue_s = queue_s
-        counts: dict[float, int] = {}
+        counts: dict[float, int] = {}  # by the time of the token before; 0.0: there is none
         for delta in deltas:
             ended = delta.finish_reason is not None
             timing = self._timings.pop(delta.request_id, None) if ended else self._timings.get(delta.request_id)
             if timing is None or not delta.new_token_ids or self._observer is None:
                 continue
-            if timing.last_s:
-                counts[timing.last_s] = counts.get(timing.last_s, 0) + 1
-            else:
+            counts[timing.last_s] = counts.get(timing.last_s, 0) + len(delta.new_token_ids)
+            if not timing.last_s:
                 self._observer.first_token(now - timing.asked_s, timing.queue_s)
             timing.last_s = now
         for last_s, number in counts.items():
             assert self._observer is not None
-            self._observer.tokens(number, now - last_s)
+            self._observer.tokens(number, now - last_s if last_s else None)
 
     async def ping(self, timeout_s: float, max_cells: int = 0) -> Pong | None:
         """The engine's answer, None if it gives none in time. A step must end before it can answer."""

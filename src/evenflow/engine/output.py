@@ -198,7 +198,8 @@ class _Child:
         self._token_ids += new_ids
         if delta.logprobs and params.logprobs is not None:
             self._logprobs += [logprob_dict(entry, parent.tokenizer) for entry in delta.logprobs]
-        if finish_reason is FinishReason.STOP and not params.include_stop_str_in_output:
+        has_stop_token = finish_reason is FinishReason.STOP and not delta.is_grammar_end
+        if has_stop_token and not params.include_stop_str_in_output:
             new_ids = new_ids[:-1]  # the stop token itself is no text
         if self._detokenizer is not None:
             self._add_text(self._detokenizer, new_ids, is_last=finish_reason is not None)

@@ -1,0 +1,102 @@
+"""Checks grammars where they can do no harm: in a process that is killed when one takes too long or too much.
+
+The server asks before it queues a request, so that neither its event loop nor the engine compiles anything unseen.
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from select import select
+
+from evenflow.guided.grammar import to_grammar
+from evenflow.sampling_params import StructuredOutputsParams
+
+TIMEOUT_S = 2.0
+START_TIMEOUT_S = 30.0
+KNOWN_BYTES = 4 * 2**20  # of grammars that were found good
+
+
+class GrammarChecker:
+    """`check` from any thread; `close` it. The process is started when it is first needed."""
+
+    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._known: OrderedDict[str, None] = OrderedDict()
+        self._num_known_bytes = 0
+
+    def check(self, params: StructuredOutputsParams) -> None:
+        """Raises ValueError that says what is wrong with it. Takes at most timeout_s once the process runs."""
+        grammar = to_grammar(params)
+        with self._lock:
+            if grammar in self._known:
+                self._known.move_to_end(grammar)
+                return
+            error = self._ask(grammar)
+            if error:
+                raise ValueError(f"structured_outputs: the grammar cannot be used: {error}")
+            self._remember(grammar)
+
+    def _ask(self, grammar: str) -> str:
+        process = self._running()
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has died since; as below
+            process.stdin.write(json.dumps(grammar).encode() + b"\n")
+            process.stdin.flush()
+        answer = self._read(process, self._timeout_s)
+        if answer is not None:
+            return str(json.loads(answer))
+        code = process.poll()
+        self._stop()
+        return f"it takes longer than {self._timeout_s:g} s" if code is None else "it takes too much memory"
+
+    def _running(self) -> "subprocess.Popen[bytes]":
+        """The process, which has answered once, so that its start does not count against a grammar."""
+        if self._process is None or self._process.poll() is not None:
+            command = (sys.executable, "-m", "evenflow.guided.worker")
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps(to_grammar(StructuredOutputsParams(choice=["x"]))).encode() + b"\n")
+            self._process.stdin.flush()
+            if self._read(self._process, START_TIMEOUT_S) is None:
+                self._stop()
+                raise ValueError("structured_outputs: the process that checks grammars does not start")
+        return self._process
+
+    @staticmethod
+    def _read(process: "subprocess.Popen[bytes]", timeout_s: float) -> bytes | None:
+        """One line; None if it does not come in time, or the process has ended."""
+        assert process.stdout is not None
+        ready, _, _ = select([process.stdout], [], [], timeout_s)
+        return process.stdout.readline() or None if ready else None
+
+    def _remember(self, grammar: str) -> None:
+        self._known[grammar] = None
+        self._num_known_bytes += len(grammar)
+        while self._num_known_bytes > KNOWN_BYTES:
+            self._num_known_bytes -= len(self._known.popitem(last=False)[0])
+
+    def _stop(self) -> None:
+        if self._process is None:
+            return
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):  # what was not written
+                    pipe.close()
+        self._process = None
+
+    def close(self) -> None:
+        with self._lock:
+            self._stop()
