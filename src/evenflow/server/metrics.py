@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
 from evenflow.engine.stats import EngineStats
 from evenflow.request import FinishReason
 
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 WINDOW_S = 60.0  # of the percentiles
 SLICE_S = 5.0  # the window moves in steps of this
 RATE_WINDOW_S = 5.0
@@ -309,7 +309,7 @@ class Metrics(Collector):
 
     def render(self) -> tuple[bytes, str]:
         """Everything in Prometheus' text format, and its content type."""
-        return generate_latest(self), CONTENT_TYPE_PLAIN_0_0_4
+        return generate_latest(self), CONTENT_TYPE
 
     def collect(self) -> Iterator[Metric]:
         """What the registry holds, less the creation time that the client library adds to each series."""
