@@ -172,6 +172,12 @@ class Tokenizer:
             del token_ids[0]
         return token_ids
 
+    @property
+    def chat_template_source(self) -> str | None:
+        """The Jinja source of the default template."""
+        template = self._chat_templates.get("default")
+        return None if template is None else template.source
+
     def _chat_template(self, tools: list[dict[str, Any]] | None) -> ChatTemplate:
         if tools and "tool_use" in self._chat_templates:
             return self._chat_templates["tool_use"]

@@ -54,18 +54,28 @@ MAY_IMPORT: dict[str, set[str]] = {
         "engine",
         "beam_search",
         "progress",
-        "runner",
-        "scheduler",
         "request",
         "sampling_params",
         "config",
         "model_config",
         "tokenizer",
     },
-    "server": {"engine", "request", "sampling_params"},
+    "server": {
+        "engine",
+        "request",
+        "sampling_params",
+        "config",
+        "guided",
+        "model_config",
+        "model_files",
+        "platforms",
+        "tokenizer",
+        "detokenizer",
+        "chat_template",
+    },
     "plan": {"config", "model_config", "model_files", "platforms"},
     "doctor": {"platforms", "demo"},
-    "cli": {"llm", "engine", "plan", "doctor", "config", "platforms", "request", "sampling_params"},
+    "cli": {"llm", "server", "engine", "plan", "doctor", "config", "platforms", "request", "sampling_params"},
     "__main__": {"cli"},
 }
 NO_TORCH = {
@@ -85,7 +95,15 @@ NO_TORCH = {
 }
 # These may import torch inside functions, when it is certain that it is needed.
 LAZY_TORCH = {"cli", "doctor", "platforms"}
-NO_TORCH_FILES = {"engine/input.py", "engine/output.py", "engine/opening.py", "engine/stats.py", "demo/__init__.py"}
+NO_TORCH_FILES = {
+    "engine/client.py",
+    "engine/input.py",
+    "engine/messages.py",
+    "engine/opening.py",
+    "engine/output.py",
+    "engine/stats.py",
+    "demo/__init__.py",
+}
 VENDORS = re.compile(r"\b(nvidia|amd|rocm|hip|is_hip|gfx\w+|sm_\d+)\b", re.IGNORECASE)
 VENDOR_FILES = {"platforms", "plan", "doctor", "demo"}
 

@@ -84,9 +84,9 @@ def explain(config: EngineConfig) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from evenflow.engine.opening import open_model
+    from evenflow.engine.opening import open_model, resolve_settings
 
-    resolution = open_model(config).resolution
+    resolution = resolve_settings(config, open_model(config).model_config)
     table = Table("setting", "value", "why")
     for name, reason in resolution.reasons.items():
         table.add_row(name, str(getattr(resolution.settings, name)), reason)
