@@ -1,7 +1,7 @@
 """The server's metrics: what Prometheus scrapes and what the status page polls.
 
 Owns names, buckets and the last minute's percentiles. Measures nothing itself: the front hands it durations and the
-engine's snapshots. All methods belong to the event loop's thread; those called for each step or token take microseconds.
+engine's snapshots. All methods belong to the event loop's thread; those called for each step take microseconds.
 Names are those of vLLM where it has the metric, with the prefix `evenflow_`.
 """
 
