@@ -15,9 +15,8 @@ from prometheus_client import REGISTRY
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
-from evenflow.engine.stats import EngineStats, block_map
+from evenflow.engine.stats import EngineStats
 from evenflow.request import FinishReason
-from evenflow.scheduler.block_pool import BlockPool
 from evenflow.server.metrics import Metrics, SlidingPercentiles
 
 ROOT = Path(__file__).parents[2]
@@ -128,6 +127,12 @@ def test_buckets_reach_from_a_millisecond_to_minutes(metrics):
         assert (buckets[0.001], buckets[0.02], buckets[60.0], buckets[float("inf")]) == (1, 1, 4, 5)
         assert list(buckets.values()) == sorted(buckets.values())
         assert all(high <= 5 * low for low, high in zip(list(buckets), list(buckets)[1:-1], strict=False))
+
+
+def test_a_bucket_includes_its_bound(metrics):
+    metrics.tokens(4, 0.02)
+    _, _, buckets = histogram(samples(metrics), "evenflow_inter_token_latency_seconds")
+    assert (buckets[0.015], buckets[0.02]) == (0, 4)
 
 
 def test_refusals_by_status_exist_before_the_first(metrics):
@@ -449,52 +454,3 @@ def test_the_alerts_ask_for_what_exists(metrics):
     sample_names = {name for name, *_ in samples(metrics)}
     for expression in alerts:
         assert set() < names_in(expression) <= sample_names, expression
-
-
-# The engine's side.
-
-
-def test_a_snapshot_travels_as_an_array():
-    snapshot = stats(num_running=2, step_time_s=0.5)
-    packed = msgspec.msgpack.encode(snapshot)
-    assert msgspec.msgpack.decode(packed) == [getattr(snapshot, name) for name in FIELDS]
-    assert msgspec.msgpack.decode(packed, type=EngineStats) == snapshot
-
-
-@pytest.mark.parametrize(("num_blocks", "max_cells"), [(1, 1), (7, 7), (7, 100), (100, 33), (101, 10), (64, 1)])
-def test_block_map_against_a_loop(num_blocks, max_cells):
-    rng = random.Random(num_blocks * max_cells)
-    pool = BlockPool(num_blocks)
-    blocks = pool.allocate(rng.randrange(num_blocks + 1))
-    hashes = {block: block.to_bytes(32, "little") for block in blocks if rng.random() < 0.6}
-    for block, block_hash in hashes.items():
-        assert pool.register(block, block_hash)
-    for block in blocks:
-        if rng.random() < 0.5:
-            pool.release([block])
-        elif rng.random() < 0.5:
-            pool.acquire(block)
-
-    def state(block):
-        findable = block in hashes and pool.find(hashes[block]) == block
-        return min(pool.references[block], 2) + 1 if pool.references[block] else int(findable)
-
-    per_cell, cells = block_map(pool, max_cells)
-    starts = range(0, num_blocks, per_cell)
-    assert cells == "".join(str(max(state(b) for b in range(num_blocks)[i : i + per_cell])) for i in starts)
-    assert len(cells) <= max_cells
-    assert per_cell == 1 or -(-num_blocks // (per_cell - 1)) > max_cells  # no coarser than it must be
-
-
-def test_block_map_shows_all_four_states():
-    pool = BlockPool(4)
-    _, cached, held, shared = pool.allocate(4)
-    for block in (cached, held, shared):
-        pool.register(block, bytes([block]))
-    pool.acquire(shared)
-    pool.release([0, cached])
-    assert block_map(pool, 4) == (1, "0123")
-    assert block_map(pool, 2) == (2, "13")
-    assert block_map(BlockPool(0), 5) == (1, "")
-    with pytest.raises(ValueError, match="max_cells is 0"):
-        block_map(pool, 0)

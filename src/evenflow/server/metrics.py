@@ -1,7 +1,7 @@
 """The server's metrics: what Prometheus scrapes and what the status page polls.
 
 Owns names, buckets and the last minute's percentiles. Measures nothing itself: the front hands it durations and the
-engine's snapshots. All methods belong to the event loop's thread; those called for each token take a few microseconds.
+engine's snapshots. All methods belong to the event loop's thread; those called for each step take microseconds.
 Names are those of vLLM where it has the metric, with the prefix `evenflow_`.
 """
 
@@ -9,18 +9,20 @@ import math
 import operator
 import sys
 import time
+from bisect import bisect_left
 from collections import Counter as Tally
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client import CollectorRegistry, Counter, Metric, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from evenflow.engine.stats import EngineStats
 from evenflow.request import FinishReason
 
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 WINDOW_S = 60.0  # of the percentiles
 SLICE_S = 5.0  # the window moves in steps of this
 RATE_WINDOW_S = 5.0
@@ -126,6 +128,26 @@ class TokenRates:
         while self._slices and self._slices[0][0] < oldest:
             self._slices.popleft()
         return oldest
+
+
+class Histogram(Collector):
+    """Takes many equal values at once, as a step brings them; the client library's takes one by one."""
+
+    def __init__(self, name: str, text: str, model_name: str, bounds: tuple[float, ...]) -> None:
+        self._name, self._text, self._model_name = name, text, model_name
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float, count: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=["model_name"])
+        bounds = [*map(str, self._bounds), "+Inf"]
+        family.add_metric([self._model_name], list(zip(bounds, accumulate(self._counts), strict=True)), self._sum)
+        yield family
 
 
 class EngineCollector(Collector):
@@ -241,8 +263,9 @@ class Metrics(Collector):
         return self._family(name, text).labels(self._model_name)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        family = Histogram(f"evenflow_{name}", text, ["model_name"], registry=self._registry, buckets=buckets)
-        return family.labels(self._model_name)
+        histogram = Histogram(f"evenflow_{name}", text, self._model_name, buckets)
+        self._registry.register(histogram)
+        return histogram
 
     def _refused_child(self, status: int) -> Counter:
         return self._refused_family.labels(self._model_name, str(status))
@@ -263,11 +286,10 @@ class Metrics(Collector):
             self._queue_s.observe(queue_s)
 
     def tokens(self, count: int, itl_s: float | None) -> None:
-        """`count` output tokens came for a request, each `itl_s` after the one before; None with its first token."""
+        """`count` tokens came in a step, each `itl_s` after the one before it; None: each is its request's first."""
         self._generation_tokens.inc(count)
         if itl_s is not None and count > 0:
-            for _ in range(count):
-                self._itl_s.observe(itl_s)
+            self._itl_s.observe(itl_s, count)
             self._itl.add(itl_s, count)
 
     def request_finished(
@@ -309,7 +331,7 @@ class Metrics(Collector):
 
     def render(self) -> tuple[bytes, str]:
         """Everything in Prometheus' text format, and its content type."""
-        return generate_latest(self), CONTENT_TYPE_PLAIN_0_0_4
+        return generate_latest(self), CONTENT_TYPE
 
     def collect(self) -> Iterator[Metric]:
         """What the registry holds, less the creation time that the client library adds to each series."""
