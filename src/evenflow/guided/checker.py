@@ -20,10 +20,14 @@ KNOWN_BYTES = 4 * 2**20  # of grammars that were found good
 
 
 class GrammarChecker:
-    """`check` from any thread; `close` it. The process is started when it is first needed."""
+    """`check` from any thread; `close` it. The process is started when it is first needed.
 
-    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
+    vocab_size: the width of the logits. special_tokens: their names by id, which a grammar may use.
+    """
+
+    def __init__(self, vocab_size: int, special_tokens: dict[int, str], timeout_s: float = TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
+        self._vocabulary = (max(vocab_size, 256 + len(special_tokens)), special_tokens, min(special_tokens, default=0))
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._known: OrderedDict[str, None] = OrderedDict()
@@ -43,10 +47,7 @@ class GrammarChecker:
 
     def _ask(self, grammar: str) -> str:
         process = self._running()
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has died since; as below
-            process.stdin.write(json.dumps(grammar).encode() + b"\n")
-            process.stdin.flush()
+        self._write(process, grammar)
         answer = self._read(process, self._timeout_s)
         if answer is not None:
             return str(json.loads(answer))
@@ -65,13 +66,19 @@ class GrammarChecker:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
-            assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps(to_grammar(StructuredOutputsParams(choice=["x"]))).encode() + b"\n")
-            self._process.stdin.flush()
+            self._write(self._process, self._vocabulary)
+            self._write(self._process, to_grammar(StructuredOutputsParams(choice=["x"])))
             if self._read(self._process, START_TIMEOUT_S) is None:
                 self._stop()
                 raise ValueError("structured_outputs: the process that checks grammars does not start")
         return self._process
+
+    @staticmethod
+    def _write(process: "subprocess.Popen[bytes]", value: object) -> None:
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has died since, as the missing answer will tell
+            process.stdin.write(json.dumps(value).encode() + b"\n")
+            process.stdin.flush()
 
     @staticmethod
     def _read(process: "subprocess.Popen[bytes]", timeout_s: float) -> bytes | None:

@@ -95,7 +95,7 @@ class GuidedDecoding:
             request_id = plan.requests[index].request_id
             matcher = self._matchers[request_id]
             if matcher.is_error() or not matcher.consume_token(result.token_ids[index]):
-                logger.error("request %s: its grammar failed: %s", request_id, matcher.get_error())
+                logger.error("request %s: its grammar failed: %s", request_id, matcher.get_error().partition("\n")[0])
                 result.errors[index] = "the grammar became too complex, or took no token"
             elif matcher.is_stopped():
                 complete.append(request_id)
