@@ -9,7 +9,7 @@ from evenflow.request import CompletionOutput, RequestOutput
 from evenflow.sampling_params import SamplingParams
 from evenflow.server.errors import ApiError
 from evenflow.server.front import Front, ObservedGeneration, bad_request, raise_if_failed
-from evenflow.server.logprobs import completion_logprobs, plain_prompt_logprobs
+from evenflow.server.logprobs import TextOffsets, completion_logprobs, plain_prompt_logprobs
 from evenflow.server.protocol import CompletionRequest, check_num_sequences, split_prompts
 from evenflow.server.streaming import encode_json, stream_frames
 
@@ -129,7 +129,8 @@ class _Choice:
 
     def __init__(self, call: CompletionCall, index: int) -> None:
         self._call, self._index = call, index
-        self._is_first, self._offset = True, 0
+        self._is_first = True
+        self._offsets = TextOffsets(call.front.opened.tokenizer, call.params.skip_special_tokens)
 
     def part(self, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         """The next part of it: all of it where nothing is streamed."""
@@ -145,8 +146,8 @@ class _Choice:
                 entries = list(output.prompt_logprobs or []) + entries
         logprobs = None
         if call.body.logprobs is not None:
-            logprobs = completion_logprobs(token_ids, entries, call.body.logprobs, tokenizer, self._offset)
-        self._is_first, self._offset = False, self._offset + len(text)
+            logprobs = completion_logprobs(token_ids, entries, call.body.logprobs, tokenizer, self._offsets)
+        self._is_first = False
         return {
             "index": self._index,
             "text": text,

@@ -178,8 +178,9 @@ class ObservedGeneration:
 def bad_request(error: ValueError) -> ApiError:
     """A ValueError of ours begins with the field's name."""
     message = str(error)
-    name = re.split(r"[^a-z_]", message, maxsplit=1)[0]
-    return ApiError(400, message, param=name if name in REQUEST_FIELDS else None)
+    name = re.split(r"[^a-z_]", message.removeprefix("the "), maxsplit=1)[0].removesuffix("_token_ids")
+    code = "context_length_exceeded" if "max_model_len" in message else None
+    return ApiError(400, message, param=name if name in REQUEST_FIELDS else None, code=code)
 
 
 def raise_if_failed(output: RequestOutput) -> None:

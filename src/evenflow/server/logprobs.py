@@ -1,5 +1,6 @@
 """Log-probabilities in the three shapes that clients read: completions, chat, and vLLM's prompt_logprobs."""
 
+import codecs
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,21 +12,35 @@ SMALLEST_LOGPROB = -9999.0  # JSON has no infinity
 Entry = dict[int, Logprob] | None
 
 
+class TextOffsets:
+    """Where in a choice's text its tokens begin, in their order. Tokens that the text leaves out have no length."""
+
+    def __init__(self, tokenizer: Tokenizer | None, skip_special_tokens: bool) -> None:
+        self._bytes = tokenizer.bytes_of(skip_special_tokens) if tokenizer is not None else lambda token_id: b""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._offset = 0
+
+    def add(self, token_id: int) -> int:
+        """The offset of the next token."""
+        offset = self._offset
+        self._offset += len(self._decoder.decode(self._bytes(token_id)))
+        return offset
+
+
 def completion_logprobs(
-    token_ids: Sequence[int], entries: Sequence[Entry], count: int, tokenizer: Tokenizer | None, offset: int
+    token_ids: Sequence[int], entries: Sequence[Entry], count: int, tokenizer: Tokenizer | None, offsets: TextOffsets
 ) -> dict[str, Any]:
     """OpenAI's parallel lists. A token's own number is the one in its list of the best, which holds the best one.
 
-    entries: aligned with token_ids; None for a prompt's first token, which nothing precedes. offset: characters before.
+    entries: aligned with token_ids; None for a prompt's first token, which nothing precedes.
     """
-    tokens, offsets = [], []
+    tokens, text_offset = [], []
     token_logprobs: list[float | None] = []
     top_logprobs: list[dict[str, float] | None] = []
     for token_id, entry in zip(token_ids, entries, strict=True):
         name = token_name(token_id, tokenizer)
         tokens.append(name)
-        offsets.append(offset)
-        offset += len(name)
+        text_offset.append(offsets.add(token_id))
         if entry is None:
             token_logprobs.append(None)
             top_logprobs.append(None)
@@ -41,7 +56,7 @@ def completion_logprobs(
         "tokens": tokens,
         "token_logprobs": token_logprobs,
         "top_logprobs": top_logprobs,
-        "text_offset": offsets,
+        "text_offset": text_offset,
     }
 
 
