@@ -182,11 +182,7 @@ class Tokenizer:
             options["tools"] = self._marked(options.get("tools"), mark)
         text = self.apply_chat_template(messages, **options)
         pieces = [text] if mark is None else text.split(mark)
-        token_ids = [token_id for piece in pieces for token_id in self.encode(piece, add_special_tokens=False)]
-        # A template that writes the BOS, around messages whose text begins with another.
-        while self.bos_token_id is not None and token_ids[:2] == [self.bos_token_id] * 2:
-            del token_ids[0]
-        return token_ids
+        return [token_id for piece in pieces for token_id in self.encode(piece, add_special_tokens=False)]
 
     def _unused_mark(self, data: Any) -> str | None:
         """A character of the private use area that `data` lacks; None if nothing in it reads like a special token."""

@@ -178,7 +178,7 @@ class ObservedGeneration:
 def bad_request(error: ValueError) -> ApiError:
     """A ValueError of ours begins with the field's name."""
     message = str(error)
-    name = re.split(r"[^a-z_]", message.removeprefix("the "), maxsplit=1)[0].removesuffix("_token_ids")
+    name = re.split(r"[^a-z_]", message.removeprefix("the "), maxsplit=1)[0].replace("prompt_token_ids", "prompt")
     code = "context_length_exceeded" if "max_model_len" in message else None
     return ApiError(400, message, param=name if name in REQUEST_FIELDS else None, code=code)
 
