@@ -63,7 +63,7 @@ class RequestLog:
         finally:
             if exchange.status >= 400:
                 self._on_error(exchange.status)
-            if self._is_logging and (exchange.status != 200 or scope["path"] not in POLLED):
+            if self._is_logging and (exchange.status not in (200, 503) or scope["path"] not in POLLED):
                 exchange.log()
 
 

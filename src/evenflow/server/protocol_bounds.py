@@ -5,6 +5,7 @@ arrive, not after.
 """
 
 import asyncio
+import re
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from evenflow.server.errors import ApiError, error_body
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 100
 MAX_TARGET_BYTES = 16 * 1024
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 
 class Bounds(msgspec.Struct, frozen=True):
@@ -86,7 +88,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._is_rejected:
             return
         was_in_head = self._is_in_head
-        super().data_received(data)
+        super().data_received(_without_upgrade(data) if was_in_head else data)
         if was_in_head and self._is_in_head:  # a field that never ends is not seen by on_header
             self._num_head_bytes += len(data)
             if self._num_head_bytes > MAX_HEAD_BYTES:
@@ -149,6 +151,12 @@ class BoundedProtocol(HttpToolsProtocol):
             head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
             self.transport.write(STATUS_LINE[status] + head + body)
         self.transport.close()
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """An offer to upgrade may be ignored, but the parser would drop the request's body for it: rename the header."""
+    head, blank, rest = data.partition(b"\r\n\r\n")
+    return _UPGRADE.sub(b"\r\nx-ignored:", head) + blank + rest if b"pgrade" in head else data
 
 
 def bounded(bounds: Bounds) -> type[BoundedProtocol]:
