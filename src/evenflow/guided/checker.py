@@ -57,10 +57,11 @@ class GrammarChecker:
 
     def _running(self) -> "subprocess.Popen[bytes]":
         """The process, which has answered once, so that its start does not count against a grammar."""
-        if self._process is None or self._process.poll() is not None:
-            command = (sys.executable, "-m", "evenflow.guided.worker")
+        if self._process is not None and self._process.poll() is not None:
+            self._stop()
+        if self._process is None:
             self._process = subprocess.Popen(
-                command,
+                (sys.executable, "-m", "evenflow.guided.worker"),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

@@ -57,7 +57,7 @@ class GuidedDecoding:
         if (known := self._compiled.get(grammar)) is None:
             known = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
             if known.is_error():
-                raise ValueError(f"the grammar cannot be used: {known.get_error():.300}")
+                raise ValueError(f"structured_outputs: the grammar cannot be used: {known.get_error():.300}")
             self._compiled[grammar] = known
             if len(self._compiled) > MAX_CACHED_GRAMMARS:
                 self._compiled.popitem(last=False)
@@ -96,7 +96,7 @@ class GuidedDecoding:
             matcher = self._matchers[request_id]
             if matcher.is_error() or not matcher.consume_token(result.token_ids[index]):
                 logger.error("request %s: its grammar failed: %s", request_id, matcher.get_error().partition("\n")[0])
-                result.errors[index] = "the grammar became too complex, or took no token"
+                result.errors[index] = "structured_outputs: the grammar became too complex, or took no token"
             elif matcher.is_stopped():
                 complete.append(request_id)
         return complete

@@ -16,7 +16,7 @@ from llguidance import LLMatcher, LLTokenizer
 from evenflow.guided.grammar import LIMITS
 
 MEMORY_BYTES = 256 * 2**20
-NUM_STEPS = 64
+NUM_STEPS = 256
 
 
 def error_of(grammar: str, tokenizer: LLTokenizer) -> str:

@@ -184,9 +184,11 @@ def bad_request(error: ValueError) -> ApiError:
 
 
 def raise_if_failed(output: RequestOutput) -> None:
-    """A completion that failed by itself, as by logits that are no numbers."""
+    """A completion that failed by itself: by a grammar, which is the client's, or by logits that are no numbers."""
     for completion in output.outputs:
         if completion.finish_reason == "error":
+            if completion.error is not None and completion.error.startswith("structured_outputs"):
+                raise ApiError(400, completion.error, param="structured_outputs")
             raise ApiError(500, f"the completion failed: {completion.error}", code="generation_failed")
 
 
