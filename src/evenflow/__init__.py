@@ -8,19 +8,23 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from evenflow.config import EngineConfig as EngineConfig
+    from evenflow.engine.client import EngineClient as EngineClient
     from evenflow.llm import LLM as LLM
     from evenflow.request import CompletionOutput as CompletionOutput
     from evenflow.request import RequestOutput as RequestOutput
     from evenflow.sampling_params import BeamSearchParams as BeamSearchParams
     from evenflow.sampling_params import SamplingParams as SamplingParams
+    from evenflow.sampling_params import StructuredOutputsParams as StructuredOutputsParams
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "LLM": "evenflow.llm",
     "EngineConfig": "evenflow.config",
+    "EngineClient": "evenflow.engine.client",
     "SamplingParams": "evenflow.sampling_params",
     "BeamSearchParams": "evenflow.sampling_params",
+    "StructuredOutputsParams": "evenflow.sampling_params",
     "RequestOutput": "evenflow.request",
     "CompletionOutput": "evenflow.request",
 }

@@ -273,15 +273,12 @@ def test_bad_tools_are_named(tools, text):
         check_tools(tools)
 
 
+NAMED = {"type": "function", "function": {"name": "now"}}
+
+
 @pytest.mark.parametrize(
     ("value", "kind"),
-    [
-        (None, "auto"),
-        ("auto", "auto"),
-        ("none", "none"),
-        ("required", "required"),
-        ({"type": "function", "function": {"name": "now"}}, "named"),
-    ],
+    [(None, "auto"), ("auto", "auto"), ("none", "none"), ("required", "required"), (NAMED, "named")],
 )
 def test_choices(value, kind):
     assert parse_tool_choice(value, check_tools(TOOLS)).kind == kind

@@ -346,12 +346,16 @@ class EngineClient:
         for request_id in generation.request_ids:
             if self._generation_of.pop(request_id, None) is not None:
                 live += self._outputs.abort(request_id)
-        for child_id in live:
-            self._timings.pop(child_id, None)
         self.num_requests -= generation.num_requests
         self.num_prompt_tokens -= sum(generation.prompt_lengths)
         if live and self.error is None:
-            self._send(AbortRequests(live))
+            self._abort(live)
+
+    def _abort(self, child_ids: list[str]) -> None:
+        """The engine says nothing more of these."""
+        for child_id in child_ids:
+            self._timings.pop(child_id, None)
+        self._send(AbortRequests(child_ids))
 
     # The engine's words
 
@@ -366,7 +370,7 @@ class EngineClient:
                 self._observe(deltas, queue_times)
                 touched, to_abort = self._outputs.apply(deltas)
                 if to_abort:
-                    self._send(AbortRequests(to_abort))
+                    self._abort(to_abort)
                 for request_id in touched:
                     self._generation_of[request_id].touch(request_id)
                 self._tell_stats(stats)
