@@ -1,11 +1,14 @@
 """A server's life, from the outside: start, overload, drain, and the death of either process."""
 
+import gzip
+import http.server
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import httpx
 import pytest
@@ -157,6 +160,37 @@ def test_keys_and_names_and_json_lines(tmp_path):
         lines = [json.loads(line) for line in server.lines]
         assert {"path": "/v1/models", "status": 401}.items() <= lines[2].items()
         assert "secret" not in "".join(server.lines)
+
+
+def test_traces_are_sent_to_a_collector_and_hold_no_text():
+    received, has_come = [], threading.Event()
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            received.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+            has_come.set()
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Collector) as collector:
+        thread = threading.Thread(target=collector.serve_forever)
+        thread.start()
+        with ServerProcess("--otlp-endpoint", f"http://127.0.0.1:{collector.server_port}") as server:
+            body = {"prompt": "a secret text", "max_tokens": 3, "ignore_eos": True}
+            assert server.client.post("/v1/completions", json=body).status_code == 200
+            assert server.client.post("/v1/completions", json=body | {"n": 0}).status_code == 400
+            server.process.send_signal(signal.SIGTERM)
+            server.wait()
+        assert has_come.wait(30)
+        collector.shutdown()
+        thread.join()
+    data = b"".join(gzip.decompress(part) if part[:2] == b"\x1f\x8b" else part for part in received)
+    assert b"llm_request" in data
+    assert b"gen_ai.usage.output_tokens" in data
+    assert b"secret" not in data
 
 
 def test_a_port_in_use_is_one_line():

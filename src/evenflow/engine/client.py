@@ -76,10 +76,10 @@ class EngineObserver(Protocol):
 class _Timing:
     """Of one sequence: when it was asked for, how long it waited in the engine, when its last token came."""
 
-    __slots__ = ("asked_s", "last_s", "queue_s")
+    __slots__ = ("asked_s", "generation", "last_s", "queue_s")
 
-    def __init__(self, asked_s: float) -> None:
-        self.asked_s, self.last_s = asked_s, 0.0
+    def __init__(self, asked_s: float, generation: "Generation") -> None:
+        self.asked_s, self.last_s, self.generation = asked_s, 0.0, generation
         self.queue_s: float | None = None
 
 
@@ -91,6 +91,8 @@ class Generation:
     ) -> None:
         self.request_ids, self.prompt_lengths, self.num_requests = request_ids, prompt_lengths, num_requests
         self.is_closed = False
+        self.ttft_s: float | None = None  # of its first token at all, and what that sequence waited for its first step
+        self.queue_s: float | None = None
         self._client = client
         self._index_of = {request_id: index for index, request_id in enumerate(request_ids)}
         self._num_live = len(request_ids)
@@ -295,7 +297,7 @@ class EngineClient:
             )
             self._generation_of[request_id] = generation
             for child in children:
-                self._timings[child.request_id] = _Timing(asked_s)
+                self._timings[child.request_id] = _Timing(asked_s, generation)
                 self._send(AddRequest.of(child))
         return generation
 
@@ -400,6 +402,8 @@ class EngineClient:
             counts[timing.last_s] = counts.get(timing.last_s, 0) + len(delta.new_token_ids)
             if not timing.last_s:
                 self._observer.first_token(now - timing.asked_s, timing.queue_s)
+                if timing.generation.ttft_s is None:
+                    timing.generation.ttft_s, timing.generation.queue_s = now - timing.asked_s, timing.queue_s
             timing.last_s = now
         for last_s, number in counts.items():
             assert self._observer is not None

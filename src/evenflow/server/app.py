@@ -21,6 +21,7 @@ from evenflow.server.protocol import ChatCompletionRequest, CompletionRequest, D
 from evenflow.server.responses import ResponsesCall, ResponsesRequest
 from evenflow.server.streaming import EventStream, encode_json, unless_disconnected
 from evenflow.server.tokenization import detokenize, tokenize, tokenizer_info
+from evenflow.server.tracing import RequestSpan
 
 MAP_CELLS = 2048
 WEB_FILES = files("evenflow.server") / "web"
@@ -52,13 +53,25 @@ class Endpoints:
 
     async def _answer(self, request: Request, call: Call, is_streaming: bool) -> Response:
         """Queue the call; whatever ends it, the client's leaving too, ends its generation."""
-        generation = await unless_disconnected(request.receive, call.open())
+        span = self._start_span(request)
+        try:
+            generation = await unless_disconnected(request.receive, call.open())
+        except BaseException as error:
+            if span is not None:
+                span.finish({}, error=str(error.status) if isinstance(error, ApiError) else type(error).__name__)
+            raise
+        if span is not None:
+            generation.trace(span, call.id, call.operation)
         if is_streaming:
             return EventStream(call.frames(generation))
         try:
             return json_response(await unless_disconnected(request.receive, call.whole(generation)))
         finally:
             generation.close()
+
+    def _start_span(self, request: Request) -> RequestSpan | None:
+        tracer = self.front.tracer
+        return None if tracer is None else tracer.start(dict(request.headers))
 
     async def models(self, request: Request) -> Response:
         return json_response({"object": "list", "data": [self._model()]})

@@ -22,6 +22,8 @@ MAX_TEMPLATE_OPTIONS = 32
 class ChatCall:
     """One call, checked: raises ApiError before anything is queued. size: bytes of the body."""
 
+    operation = "chat"
+
     def __init__(self, front: Front, body: ChatCompletionRequest, size: int) -> None:
         front.check_model(body.model)
         self.front, self.body, self._size = front, body, size

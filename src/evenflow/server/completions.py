@@ -19,6 +19,8 @@ DEFAULT_MAX_TOKENS = 16
 class CompletionCall:
     """One call, checked: raises ApiError before anything is queued."""
 
+    operation = "text_completion"
+
     def __init__(self, front: Front, body: CompletionRequest) -> None:
         front.check_model(body.model)
         self.front, self.body = front, body
@@ -27,8 +29,9 @@ class CompletionCall:
         self.wants_output = body.max_tokens != 0 or not body.echo
         self.params = self._params()
         check_num_sequences(len(self.prompts), self.params.n)
+        self.id = f"cmpl-{uuid.uuid4().hex}"
         self._envelope = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
+            "id": self.id,
             "object": "text_completion",
             "created": int(time.time()),
             "model": front.model_name,

@@ -16,6 +16,7 @@ from evenflow.server.config import ServerConfig
 from evenflow.server.errors import ApiError
 from evenflow.server.metrics import Metrics
 from evenflow.server.protocol import ChatCompletionRequest, CompletionRequest
+from evenflow.server.tracing import RequestSpan, Tracer, request_attributes, response_attributes
 from evenflow.tokenizer import Tokenizer
 
 REQUEST_FIELDS = frozenset(CompletionRequest.__struct_fields__ + ChatCompletionRequest.__struct_fields__)
@@ -34,8 +35,16 @@ class State(str, Enum):
 class Front:
     """One model behind one server."""
 
-    def __init__(self, client: EngineClient, config: ServerConfig, metrics: Metrics, model_name: str) -> None:
-        self.client, self.config, self.metrics, self.model_name = client, config, metrics, model_name
+    def __init__(
+        self,
+        client: EngineClient,
+        config: ServerConfig,
+        metrics: Metrics,
+        tracer: Tracer | None,
+        model_name: str,
+    ) -> None:
+        self.client, self.config, self.metrics, self.tracer = client, config, metrics, tracer
+        self.model_name = model_name
         self.state = State.STARTING
         self.started_s = int(time.time())
         tokenizer = client.opened.tokenizer
@@ -127,6 +136,7 @@ class ObservedGeneration:
         self.num_output_tokens = [0] * len(self.prompt_lengths)
         self.num_cached_tokens = [0] * len(self.prompt_lengths)
         self._reasons: list[str | None] = [None] * len(self.prompt_lengths)
+        self._span: tuple[RequestSpan, str, str] | None = None
         front.num_live += 1
         for length in self.prompt_lengths:
             front.metrics.request_started(length)
@@ -158,6 +168,29 @@ class ObservedGeneration:
             "prompt_tokens_details": {"cached_tokens": sum(self.num_cached_tokens)},
         }
 
+    def trace(self, span: RequestSpan, response_id: str, operation: str) -> None:
+        """The span ends with the generation."""
+        self._span = (span, response_id, operation)
+
+    def _finish_span(self, e2e_s: float) -> None:
+        if self._span is None:
+            return
+        span, response_id, operation = self._span
+        model, reasons = self._front.model_name, [reason or "abort" for reason in self._reasons]
+        response = response_attributes(
+            response_id=response_id,
+            model=model,
+            finish_reasons=reasons,
+            num_prompt_tokens=sum(self.prompt_lengths),
+            num_output_tokens=sum(self.num_output_tokens),
+            num_cached_tokens=sum(self.num_cached_tokens),
+            e2e_s=e2e_s,
+            queue_s=self._generation.queue_s,
+            ttft_s=self._generation.ttft_s,
+        )
+        error = "engine_error" if "error" in reasons else None
+        span.finish(request_attributes(model, operation, self.params) | response, error)
+
     def close(self) -> None:
         """Whatever still runs is aborted. Harmless twice."""
         if self._generation.is_closed:
@@ -165,6 +198,7 @@ class ObservedGeneration:
         self._generation.abort()
         self._front.num_live -= 1
         e2e_s = time.perf_counter() - self._asked_s
+        self._finish_span(e2e_s)
         for index, reason in enumerate(self._reasons):
             self._front.metrics.request_finished(
                 reason or "abort",

@@ -23,6 +23,7 @@ from evenflow.server.front import Front, State, drained
 from evenflow.server.metrics import Metrics
 from evenflow.server.middleware import LOOPBACK_NAMES, ApiKey, HostCheck, RequestLog, SecurityHeaders
 from evenflow.server.protocol_bounds import Bounds, bounded
+from evenflow.server.tracing import make_tracer
 
 logger = logging.getLogger("evenflow")
 
@@ -44,13 +45,18 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     Raises ValueError or OSError for what is wrong before anything is started.
     """
     keys = config.api_keys()
+    tracer = make_tracer(config.otlp_endpoint)
     opened = open_model(engine_config)
     listener = bind(config.host, config.port)
     name = config.served_model_name or default_model_name(engine_config.model)
     metrics = Metrics(name)
     client = EngineClient(engine_config, opened, engine_timeout_s=config.engine_timeout, observer=metrics)
-    front = Front(client, config, metrics, name)
-    return run_loop(Life(front, listener, keys))
+    front = Front(client, config, metrics, tracer, name)
+    try:
+        return run_loop(Life(front, listener, keys))
+    finally:
+        if tracer is not None:
+            tracer.shutdown()
 
 
 class Life:
