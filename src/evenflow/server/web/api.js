@@ -8,6 +8,7 @@ export class Failure extends Error {
     super(message);
     this.advice = advice;
     this.param = param;
+    this.isUnreachable = false;
   }
 }
 
@@ -129,7 +130,9 @@ function explain(error, status) {
 
 function unreachable(error) {
   if (error.name === "AbortError") return error;
-  return new Failure("The server does not answer.", "See whether `evenflow serve` is still running, then try again.");
+  const failure = new Failure("The server does not answer.", "See whether `evenflow serve` is still running, then try again.");
+  failure.isUnreachable = true;
+  return failure;
 }
 
 const cutOff = () => new Failure("The connection broke before the answer was complete.", "What arrived is kept. Try again.");

@@ -42,9 +42,26 @@ export class Settings {
     return byId("system").value.trim();
   }
 
-  // The first field that cannot be sent as it is, or null.
+  // The first field that cannot be sent as it is, or null. A decimal between two steps can.
   invalid() {
-    return this.inputs().find((input) => !input.checkValidity()) ?? null;
+    const isBad = ({ step, validity }) => !validity.valid && !(validity.stepMismatch && Number(step) < 1);
+    return this.inputs().find(isBad) ?? null;
+  }
+
+  // The browser says by itself what is wrong with the field.
+  complain(input) {
+    this.open();
+    input.focus();
+    input.reportValidity();
+  }
+
+  open() {
+    byId("settings").classList.add("open");
+    byId("settings-toggle").setAttribute("aria-expanded", "true");
+  }
+
+  has(param) {
+    return byId(`set-${param}`) !== null;
   }
 
   // As the API names and takes them.
@@ -59,11 +76,10 @@ export class Settings {
     return given;
   }
 
-  // Shows the field that the server named. False if it is none of ours.
+  // Shows the field that the server named.
   focus(param) {
-    const input = byId(`set-${param}`);
-    if (input) input.focus();
-    return input !== null;
+    this.open();
+    byId(`set-${param}`)?.focus();
   }
 }
 

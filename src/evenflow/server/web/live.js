@@ -1,0 +1,130 @@
+// The live view: asks /live once a second while it is looked at, and shows what the engine does. Owns the history.
+
+import { getJson } from "./api.js";
+import { milliseconds } from "./answer.js";
+import { drawMap, drawSpark } from "./charts.js";
+import { byId, setText } from "./dom.js";
+
+const POLL_MS = 1000;
+const WINDOW_MS = 120_000;
+const PERCENTILES = ["p50", "p90", "p99"];
+
+export class LiveView {
+  constructor() {
+    this.isShown = false;
+    this.history = []; // {atMs, rate, running}, of the last two minutes
+    this.latest = null;
+    this.lastAnswerMs = null;
+    this.timer = null;
+    document.addEventListener("visibilitychange", () => this.wake());
+    new ResizeObserver(() => this.drawCanvases()).observe(byId("cards"));
+  }
+
+  setShown(isShown) {
+    this.isShown = isShown;
+    this.wake();
+  }
+
+  get isWatched() {
+    return this.isShown && document.visibilityState === "visible";
+  }
+
+  wake() {
+    if (!this.isWatched || this.timer !== null) return;
+    this.lastAnswerMs = performance.now(); // what was missed while nobody looked is not the server's silence
+    this.timer = 0;
+    this.poll();
+  }
+
+  async poll() {
+    const startMs = performance.now();
+    try {
+      this.take(await getJson("/live"));
+    } catch {
+      this.missed();
+    }
+    if (this.isWatched) this.timer = setTimeout(() => this.poll(), Math.max(0, POLL_MS - (performance.now() - startMs)));
+    else this.timer = null;
+  }
+
+  missed() {
+    const seconds = Math.round((performance.now() - this.lastAnswerMs) / 1000);
+    const banner = byId("live-banner");
+    setText(banner, `The server stopped answering ${seconds} s ago; retrying.`);
+    banner.hidden = false;
+    byId("live").classList.add("stale");
+  }
+
+  take(live) {
+    const nowMs = performance.now();
+    this.latest = live;
+    this.lastAnswerMs = nowMs;
+    this.history.push({ atMs: nowMs, rate: live.output_tokens_per_s ?? 0, running: live.num_running });
+    this.history = this.history.filter(({ atMs }) => atMs > nowMs - WINDOW_MS);
+    byId("live-banner").hidden = true;
+    byId("live").classList.remove("stale");
+    this.drawFigures(live);
+    this.drawCanvases();
+  }
+
+  drawFigures(live) {
+    const about = [live.model, `Evenflow ${live.version}`, `up ${duration(live.uptime_s)}`];
+    if (live.state !== "ready") about.unshift(live.state);
+    setText(byId("live-about"), about.join(" · "));
+    setText(byId("output-rate"), rate(live.output_tokens_per_s));
+    setText(byId("output-foot"), `prompts ${rate(live.prompt_tokens_per_s)} tokens/s`);
+    setText(byId("running"), count(live.num_running));
+    setText(byId("waiting"), count(live.num_waiting));
+    const { completed, aborted, failed } = live.num_requests;
+    setText(byId("requests-foot"), `${count(completed)} completed, ${count(aborted)} aborted, ${count(failed)} failed`);
+    for (const kind of ["ttft", "itl"]) {
+      for (const name of PERCENTILES) setText(byId(`${kind}-${name}`), latency(live[`${kind}_ms`]?.[name]));
+    }
+    const { queries, hits } = live.prefix;
+    setText(byId("hit-rate"), queries ? `${Math.round((100 * hits) / queries)}%` : "–");
+    setText(byId("hit-foot"), queries ? `${count(hits)} of ${count(queries)} tokens` : "no prompt yet");
+    setText(byId("preemptions"), count(live.num_preemptions));
+    this.drawCache(live.kv);
+  }
+
+  drawCache(kv) {
+    const share = kv.num_blocks ? Math.round((100 * kv.num_used) / kv.num_blocks) : 0;
+    setText(byId("kv-used"), `${share}%`);
+    const free = kv.num_blocks - kv.num_used - kv.num_cached;
+    const perCell = kv.blocks_per_cell > 1 ? ` A cell is ${kv.blocks_per_cell} blocks.` : "";
+    const shared = kv.map && kv.blocks_per_cell === 1 ? `, ${count(kv.map.split("3").length - 1)} of them shared` : "";
+    setText(
+      byId("kv-summary"),
+      `${count(kv.num_used)} of ${count(kv.num_blocks)} blocks held${shared}; ${count(kv.num_cached)} cached, ${count(free)} free. ` +
+        `A block is ${kv.block_size} tokens.${perCell}`,
+    );
+    byId("kv-map").hidden = !kv.map;
+  }
+
+  drawCanvases() {
+    if (!this.latest || !this.isShown) return;
+    const nowMs = this.lastAnswerMs;
+    const points = (name) => this.history.map((entry) => ({ age: (nowMs - entry.atMs) / WINDOW_MS, value: entry[name] }));
+    drawSpark(byId("output-spark"), points("rate"));
+    drawSpark(byId("running-spark"), points("running"));
+    byId("output-spark").setAttribute("aria-label", `Output, last two minutes: now ${rate(this.latest.output_tokens_per_s)} tokens/s, at most ${rate(Math.max(...this.history.map((entry) => entry.rate)))}`);
+    if (this.latest.kv.map) drawMap(byId("kv-map"), this.latest.kv.map);
+  }
+}
+
+const count = (value) => value.toLocaleString("en");
+
+function rate(value) {
+  if (value === null || value === undefined) return "–";
+  return value < 10 ? value.toFixed(1) : Math.round(value).toLocaleString("en");
+}
+
+const latency = (value) => (value === null || value === undefined ? "–" : milliseconds(value));
+
+export function duration(seconds) {
+  const units = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]];
+  const at = Math.max(0, units.findIndex(([, size]) => seconds >= size));
+  const [[name, size], next] = seconds < 1 ? [["s", 1]] : [units[at], units[at + 1]];
+  const rest = next ? Math.floor((seconds % size) / next[1]) : 0;
+  return `${Math.floor(seconds / size)} ${name}` + (rest ? ` ${rest} ${next[0]}` : "");
+}
