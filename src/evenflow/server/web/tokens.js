@@ -76,7 +76,7 @@ function tooltipRows(token) {
   const isListed = token.top.some((other) => other.text === token.text);
   const rows = isListed ? token.top : [...token.top, token];
   return rows.map((row) => {
-    const bar = node("i", { class: "bar" });
+    const bar = node("i", { class: "bar-fill" });
     bar.style.width = `${Math.round(100 * Math.exp(row.logprob))}%`;
     const kind = row.text === token.text ? "row chosen" : "row";
     return node("div", { class: kind }, node("span", { class: "name" }, visible(row.text)), bar,
