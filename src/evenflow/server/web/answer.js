@@ -134,15 +134,17 @@ function blocks(text) {
 }
 
 // The numbers under an answer.
-function describe({ stats, ending }) {
+function describe({ stats, ending, failure }) {
   const parts = [];
   if (stats.numTokens) parts.push(`${stats.numTokens} ${stats.numTokens === 1 ? "token" : "tokens"}`);
-  if (stats.tokensPerS) parts.push(`${stats.tokensPerS.toFixed(stats.tokensPerS < 10 ? 1 : 0)} tokens/s`);
+  if (stats.tokensPerS) parts.push(`${figure(stats.tokensPerS)} tokens/s`);
   if (stats.ttftMs) parts.push(`first after ${milliseconds(stats.ttftMs)}`);
   if (stats.numPromptTokens) parts.push(`prompt ${stats.numPromptTokens}${stats.numCachedTokens ? `, ${stats.numCachedTokens} cached` : ""}`);
-  if (ENDINGS[ending]) parts.push(ENDINGS[ending]);
+  if (ENDINGS[ending] && !failure) parts.push(ENDINGS[ending]);
   return parts;
 }
+
+export const figure = (value) => value.toLocaleString("en", { maximumFractionDigits: value < 10 ? 1 : 0 });
 
 export function milliseconds(value) {
   if (value < 10) return `${value.toFixed(1)} ms`;

@@ -122,7 +122,7 @@ function explain(error, status) {
   const message = sentence(error.message ?? "The server reported an error");
   if (ADVICE[status]) return new Failure(message, ADVICE[status], error.param);
   if (/max_model_len|context/.test(message)) {
-    return new Failure(message, "Clear the conversation, shorten the text, or ask for fewer tokens.", null);
+    return new Failure(message, "Shorten the text, or clear what came before.", null);
   }
   if (status < 500) return new Failure(message, error.param ? "Change it and try again." : "Change the request and try again.", error.param);
   return new Failure(message, "Try again. If it stays so, the server's log has the cause.");

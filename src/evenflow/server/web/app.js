@@ -55,18 +55,13 @@ async function connect() {
     const [model] = (await getJson("/v1/models")).data;
     setModel("ready", model.id);
     playground.setModel(model);
-  } catch (error) {
+  } catch {
     setModel("lost", "no answer, retrying");
     setTimeout(connect, RETRY_MS);
   }
   isConnecting = false;
 }
 
-byId("settings-toggle").addEventListener("click", () => {
-  const isOpen = byId("settings").classList.toggle("open");
-  byId("settings-toggle").setAttribute("aria-expanded", String(isOpen));
-  if (isOpen) byId("settings").scrollIntoView({ block: "nearest" });
-});
 byId("theme").addEventListener("click", toggleTheme);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showTheme);
 window.addEventListener("hashchange", showView);

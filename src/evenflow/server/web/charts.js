@@ -3,8 +3,7 @@
 const MAX_CELL = 16;
 const MIN_CELL = 3;
 const MAP_HEIGHT = 216; // px, aimed at
-const CELL_COLOURS = ["--cell-free", "--cell-cached", "--cell-held", "--cell-shared"];
-const MAX_GAP = 3 / 120; // of the width: a longer silence breaks the line
+const MAX_GAP_MS = 3500; // a longer silence breaks the line
 
 // A context in CSS pixels, cleared; null while the canvas is not laid out.
 function prepare(canvas, height) {
@@ -15,16 +14,17 @@ function prepare(canvas, height) {
   canvas.height = Math.round(height * scale);
   const context = canvas.getContext("2d");
   context.scale(scale, scale);
-  return { context, width, height, colour: (name) => getComputedStyle(canvas).getPropertyValue(name).trim() };
+  return { context, width, height };
 }
 
-// points: [{age: 0 now to 1 at the left end, value}], oldest first.
-export function drawSpark(canvas, points) {
+// points: [{ageMs, value}], oldest first. windowMs: what the width stands for.
+export function drawSpark(canvas, points, windowMs) {
   const paper = prepare(canvas, canvas.clientHeight);
   if (!paper || !points.length) return;
-  const { context, width, height, colour } = paper;
+  const { context, width, height } = paper;
+  context.fillStyle = context.strokeStyle = getComputedStyle(canvas).color;
   const top = Math.max(1, ...points.map(({ value }) => value));
-  const place = ({ age, value }) => [width * (1 - age) - 3, height - 2 - (value / top) * (height - 8)];
+  const place = ({ ageMs, value }) => [(width - 4) * (1 - ageMs / windowMs), height - 2 - (value / top) * (height - 8)];
   context.lineJoin = "round";
   context.lineWidth = 2;
   for (const run of unbroken(points)) {
@@ -33,17 +33,16 @@ export function drawSpark(canvas, points) {
     context.moveTo(line[0][0], height);
     for (const [x, y] of line) context.lineTo(x, y);
     context.lineTo(line.at(-1)[0], height);
-    context.fillStyle = colour("--accent-faint");
+    context.globalAlpha = 0.14;
     context.fill();
+    context.globalAlpha = 1;
     context.beginPath();
     for (const [x, y] of line) context.lineTo(x, y);
-    context.strokeStyle = colour("--accent");
     context.stroke();
   }
   const [x, y] = place(points.at(-1));
   context.beginPath();
   context.arc(x, y, 3, 0, 2 * Math.PI);
-  context.fillStyle = colour("--accent");
   context.fill();
 }
 
@@ -51,7 +50,7 @@ function unbroken(points) {
   const runs = [[]];
   for (const point of points) {
     const previous = runs.at(-1).at(-1);
-    if (previous && previous.age - point.age > MAX_GAP) runs.push([]);
+    if (previous && previous.ageMs - point.ageMs > MAX_GAP_MS) runs.push([]);
     runs.at(-1).push(point);
   }
   return runs;
@@ -63,15 +62,15 @@ export function cellSize(count, width) {
   return Math.min(MAX_CELL, Math.max(MIN_CELL, fitting));
 }
 
-// map: one character a cell, '0' to '3', in rows.
-export function drawMap(canvas, map) {
+// map: one character a cell, '0' to '3', in rows. samples: the legend's four cells, which have the colours.
+export function drawMap(canvas, map, samples) {
   const size = cellSize(map.length, canvas.clientWidth);
   const columns = Math.max(1, Math.floor(canvas.clientWidth / size));
   const height = Math.ceil(map.length / columns) * size;
   canvas.style.height = `${height}px`;
   const paper = prepare(canvas, height);
   if (!paper) return;
-  const colours = CELL_COLOURS.map(paper.colour);
+  const colours = samples.map((sample) => getComputedStyle(sample).backgroundColor);
   const gap = size >= 8 ? 2 : 1;
   for (let i = 0; i < map.length; i++) {
     paper.context.fillStyle = colours[map.charCodeAt(i) - 48] ?? colours[0];

@@ -106,6 +106,7 @@ export class Playground {
     const isLast = () => this.turns[mode].at(-1) === turn;
     const actions = [
       { label: "Keep going", run: () => this.keepGoing(turn), isShown: () => mode === "text" && record.text !== "" },
+      { label: "Edit", run: () => this.edit(turn), isShown: () => mode === "text" },
       { label: "Try again", run: () => this.answer(turn), isShown: () => mode === "text" || isLast() },
     ];
     turn.answer = new Answer(record, this.settings, actions, this.showsTokens);

@@ -1,12 +1,13 @@
 // The live view: asks /live once a second while it is looked at, and shows what the engine does. Owns the history.
 
 import { getJson } from "./api.js";
-import { milliseconds } from "./answer.js";
+import { figure, milliseconds } from "./answer.js";
 import { drawMap, drawSpark } from "./charts.js";
 import { byId, setText } from "./dom.js";
 
 const POLL_MS = 1000;
-const WINDOW_MS = 120_000;
+const MIN_WINDOW_MS = 30_000;
+const MAX_WINDOW_MS = 120_000;
 const PERCENTILES = ["p50", "p90", "p99"];
 
 export class LiveView {
@@ -60,7 +61,7 @@ export class LiveView {
     this.latest = live;
     this.lastAnswerMs = nowMs;
     this.history.push({ atMs: nowMs, rate: live.output_tokens_per_s ?? 0, running: live.num_running });
-    this.history = this.history.filter(({ atMs }) => atMs > nowMs - WINDOW_MS);
+    this.history = this.history.filter(({ atMs }) => atMs > nowMs - MAX_WINDOW_MS);
     byId("live-banner").hidden = true;
     byId("live").classList.remove("stale");
     this.drawFigures(live);
@@ -104,22 +105,26 @@ export class LiveView {
   drawCanvases() {
     if (!this.latest || !this.isShown) return;
     const nowMs = this.lastAnswerMs;
-    const points = (name) => this.history.map((entry) => ({ age: (nowMs - entry.atMs) / WINDOW_MS, value: entry[name] }));
-    drawSpark(byId("output-spark"), points("rate"));
-    drawSpark(byId("running-spark"), points("running"));
-    byId("output-spark").setAttribute("aria-label", `Output, last two minutes: now ${rate(this.latest.output_tokens_per_s)} tokens/s, at most ${rate(Math.max(...this.history.map((entry) => entry.rate)))}`);
-    if (this.latest.kv.map) drawMap(byId("kv-map"), this.latest.kv.map);
+    const windowMs = Math.max(MIN_WINDOW_MS, nowMs - this.history[0].atMs);
+    const seconds = Math.round(windowMs / 1000);
+    for (const [name, show] of [["rate", rate], ["running", count]]) {
+      const points = this.history.map((entry) => ({ ageMs: nowMs - entry.atMs, value: entry[name] }));
+      const peak = `peak ${show(Math.max(...points.map(({ value }) => value)))} in ${seconds} s`;
+      const canvas = byId(`${name}-spark`);
+      drawSpark(canvas, points, windowMs);
+      setText(byId(`${name}-peak`), peak);
+      canvas.setAttribute("aria-label", `${canvas.dataset.of}: ${show(points.at(-1).value)} now, ${peak}`);
+    }
+    if (this.latest.kv.map) drawMap(byId("kv-map"), this.latest.kv.map, [0, 1, 2, 3].map((state) => document.querySelector(`.cell.c${state}`)));
   }
 }
 
 const count = (value) => value.toLocaleString("en");
 
-function rate(value) {
-  if (value === null || value === undefined) return "–";
-  return value < 10 ? value.toFixed(1) : Math.round(value).toLocaleString("en");
-}
+// The server has no number before the first request.
+const rate = (value) => (value == null ? "–" : figure(value));
 
-const latency = (value) => (value === null || value === undefined ? "–" : milliseconds(value));
+const latency = (value) => (value == null ? "–" : milliseconds(value));
 
 export function duration(seconds) {
   const units = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]];

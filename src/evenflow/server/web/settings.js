@@ -6,10 +6,10 @@ const MAX_STOPS = 4;
 
 // name, label, least, most, step, what it does
 const NUMBERS = [
-  ["temperature", "Temperature", 0, 2, 0.05, "0 takes the likeliest token; higher is bolder."],
-  ["top_p", "Top p", 0.01, 1, 0.01, "Only the likeliest tokens that together have this share."],
-  ["top_k", "Top k", 0, 1000, 1, "Only the k likeliest tokens; 0 is all."],
-  ["min_p", "Min p", 0, 1, 0.01, "Drops tokens below this share of the likeliest."],
+  ["temperature", "Temperature", 0, 2, 0.05, "0: always the likeliest. Higher: bolder."],
+  ["top_p", "Top p", 0.01, 1, 0.01, "The likeliest, with this share together."],
+  ["top_k", "Top k", 0, 1000, 1, "The k likeliest tokens; 0 is all."],
+  ["min_p", "Min p", 0, 1, 0.01, "At least this share of the likeliest."],
   ["max_tokens", "Max tokens", 1, 131072, 1, "The longest answer."],
   ["seed", "Seed", 0, 2 ** 53 - 1, 1, "Same seed and settings, same answer."],
 ];
@@ -23,6 +23,9 @@ export class Settings {
       input.addEventListener("input", () => this.keep());
     }
     byId("settings-reset").addEventListener("click", () => this.reset());
+    byId("settings-close").addEventListener("click", () => this.setOpen(false));
+    byId("settings-toggle").addEventListener("click", () => this.setOpen(true));
+    byId("settings").addEventListener("keydown", (event) => event.key === "Escape" && this.setOpen(false));
   }
 
   inputs() {
@@ -50,14 +53,16 @@ export class Settings {
 
   // The browser says by itself what is wrong with the field.
   complain(input) {
-    this.open();
+    this.setOpen(true);
     input.focus();
     input.reportValidity();
   }
 
-  open() {
-    byId("settings").classList.add("open");
-    byId("settings-toggle").setAttribute("aria-expanded", "true");
+  // On a narrow page the settings are a sheet over it.
+  setOpen(isOpen) {
+    byId("settings").classList.toggle("open", isOpen);
+    byId("settings-toggle").setAttribute("aria-expanded", String(isOpen));
+    byId(isOpen ? "settings-close" : "settings-toggle").focus();
   }
 
   has(param) {
@@ -78,7 +83,7 @@ export class Settings {
 
   // Shows the field that the server named.
   focus(param) {
-    this.open();
+    this.setOpen(true);
     byId(`set-${param}`)?.focus();
   }
 }

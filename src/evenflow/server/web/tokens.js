@@ -73,12 +73,12 @@ export function percent(logprob) {
 export const visible = (text) => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replace(/^ | $/g, "␣") || "(nothing)";
 
 function tooltipRows(token) {
-  const isListed = token.top.some((other) => other.text === token.text);
-  const rows = isListed ? token.top : [...token.top, token];
+  const isChosen = ({ text, logprob }) => text === token.text && logprob === token.logprob; // two tokens can read the same
+  const rows = token.top.some(isChosen) ? token.top : [...token.top, token];
   return rows.map((row) => {
     const bar = node("i", { class: "bar-fill" });
     bar.style.width = `${Math.round(100 * Math.exp(row.logprob))}%`;
-    const kind = row.text === token.text ? "row chosen" : "row";
+    const kind = isChosen(row) ? "row chosen" : "row";
     return node("div", { class: kind }, node("span", { class: "name" }, visible(row.text)), bar,
       node("span", { class: "value" }, percent(row.logprob)));
   });
