@@ -120,11 +120,15 @@ export class Playground {
 
   draw() {
     const turns = this.turns[this.mode];
-    byId("conversation").replaceChildren(...turns.map((turn) => turn.element));
+    const elements = turns.map((turn) => turn.element);
+    const shown = [...byId("conversation").children];
+    if (elements.length !== shown.length || elements.some((element, i) => element !== shown[i])) {
+      byId("conversation").replaceChildren(...elements); // only then: it takes the focus from what is inside
+      for (const turn of turns) if (!turn.answer.isWriting) turn.answer.drawFooter();
+    }
     byId("clear").disabled = !turns.length;
     this.drawEmpty();
     this.drawSend();
-    for (const turn of turns) if (!turn.answer.isWriting) turn.answer.drawFooter();
   }
 
   drawSend() {
@@ -214,6 +218,7 @@ export class Playground {
     const run = { controller: new AbortController(), turn };
     this.run = run;
     Object.assign(turn.record, emptyRecord());
+    if (turn.element.contains(document.activeElement)) byId("send").focus(); // the button pressed goes away
     turn.answer.restart();
     turn.answer.begin();
     this.draw();

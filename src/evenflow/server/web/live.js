@@ -1,9 +1,9 @@
 // The live view: asks /live once a second while it is looked at, and shows what the engine does. Owns the history.
 
-import { getJson } from "./api.js";
+import { Failure, getJson } from "./api.js";
 import { figure, milliseconds } from "./answer.js";
 import { drawMap, drawSpark } from "./charts.js";
-import { byId, setText } from "./dom.js";
+import { announce, byId, setText } from "./dom.js";
 
 const POLL_MS = 1000;
 const MIN_WINDOW_MS = 30_000;
@@ -39,19 +39,22 @@ export class LiveView {
 
   async poll() {
     const startMs = performance.now();
+    const live = await getJson("/live").catch((error) => this.missed(error));
     try {
-      this.take(await getJson("/live"));
-    } catch {
-      this.missed();
+      if (live) this.take(live);
+    } finally {
+      if (this.isWatched) this.timer = setTimeout(() => this.poll(), Math.max(0, POLL_MS - (performance.now() - startMs)));
+      else this.timer = null;
     }
-    if (this.isWatched) this.timer = setTimeout(() => this.poll(), Math.max(0, POLL_MS - (performance.now() - startMs)));
-    else this.timer = null;
   }
 
-  missed() {
-    const seconds = Math.round((performance.now() - this.lastAnswerMs) / 1000);
+  // Told aloud once; the seconds are for the eye.
+  missed(error) {
     const banner = byId("live-banner");
-    setText(banner, `The server stopped answering ${seconds} s ago; retrying.`);
+    const seconds = Math.max(1, Math.round((performance.now() - this.lastAnswerMs) / 1000));
+    const what = error instanceof Failure ? error.message : `The server stopped answering ${seconds} s ago`;
+    setText(banner, `${what}; retrying`);
+    if (banner.hidden) announce(what);
     banner.hidden = false;
     byId("live").classList.add("stale");
   }
@@ -62,6 +65,7 @@ export class LiveView {
     this.lastAnswerMs = nowMs;
     this.history.push({ atMs: nowMs, rate: live.output_tokens_per_s ?? 0, running: live.num_running });
     this.history = this.history.filter(({ atMs }) => atMs > nowMs - MAX_WINDOW_MS);
+    if (!byId("live-banner").hidden) announce("The server answers again");
     byId("live-banner").hidden = true;
     byId("live").classList.remove("stale");
     this.drawFigures(live);
