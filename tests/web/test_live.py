@@ -28,7 +28,7 @@ def pixels(page: Any, selector: str) -> dict[tuple[int, int, int], int]:
 
 def open_live(open_page: Any, **options: Any) -> Any:
     page = open_page("/#live", **options)
-    page.wait_for_function("document.querySelector('#output-rate').textContent !== '–'")
+    page.wait_for_function("() => document.querySelector('#output-rate').textContent !== '–'")
     return page
 
 
@@ -95,7 +95,7 @@ def test_the_map_fits_its_card(open_page: Any, script: Script, num_cells: int, w
 def test_the_view_follows_and_draws_a_history(open_page: Any, script: Script) -> None:
     page = open_live(open_page)
     script.live = lambda: live_state(output_tokens_per_s=99.0)
-    page.wait_for_function("document.querySelector('#output-rate').textContent === '99'")
+    page.wait_for_function("() => document.querySelector('#output-rate').textContent === '99'")
     assert "peak 1,234" in page.inner_text("#rate-peak")
     assert pixels(page, "#rate-spark")[TEAL] > 20
 
@@ -105,7 +105,7 @@ def test_silence_is_told_and_ends(open_page: Any, script: Script) -> None:
     page.watch.allows_refusals = True
     script.is_live_up = False
     page.wait_for_selector("#live-banner:not([hidden])")
-    page.wait_for_function(r"/^The server stopped answering [2-9] s ago; retrying$/.test(document.querySelector('#live-banner').textContent)")
+    page.wait_for_function(r"() => /^The server stopped answering [2-9] s ago; retrying$/.test(document.querySelector('#live-banner').textContent)")
     assert page.inner_text("#announce") == "The server stopped answering 1 s ago"
     assert page.inner_text("#running") == "3"  # what was known last
     script.is_live_up = True
@@ -123,7 +123,7 @@ def test_nothing_is_polled_while_nobody_looks(open_page: Any, script: Script) ->
     page.clock.run_for(10_000)
     assert script.num_live_polls == before
     page.click("text=Live")
-    page.wait_for_function("document.querySelector('#running').textContent === '3'")
+    page.wait_for_function("() => document.querySelector('#running').textContent === '3'")
     assert script.num_live_polls > before
 
 
@@ -186,7 +186,7 @@ def test_no_width_scrolls_sideways(open_page: Any, script: Script, width: int) -
         page.keyboard.press("Escape")
         assert page.is_hidden("#settings")
     page.click("text=Live")
-    page.wait_for_function("document.querySelector('#running').textContent === '3'")
+    page.wait_for_function("() => document.querySelector('#running').textContent === '3'")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 

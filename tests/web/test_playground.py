@@ -11,7 +11,7 @@ ANSWER = ".answer .text"
 
 def ask(page: Any, text: str = "Hello") -> None:
     page.fill("#prompt", text)
-    page.press("#prompt", "Enter")
+    page.click("#send")
 
 
 def ask_and_wait(page: Any, text: str = "Hello") -> None:
@@ -122,7 +122,7 @@ def test_an_error_is_told_with_what_to_do(open_page: Any, script: Script) -> Non
     failure.get_by_role("button", name="Show the setting").click()
     assert page.evaluate("document.activeElement.id") == "set-temperature"
     script.status = 200
-    page.click("text=Try again")
+    page.get_by_role("button", name="Try again").click()
     wait_text(page, ANSWER, "Once upon a time.")
     assert failure.count() == 0
 
@@ -185,7 +185,7 @@ def test_try_again_asks_the_same(open_page: Any, script: Script) -> None:
     page = open_page()
     ask_and_wait(page, "one")
     script.chunks = chat_answer("Another", " one.")
-    page.click("text=Try again")
+    page.get_by_role("button", name="Try again").click()
     wait_text(page, ANSWER, "Another one.")
     assert script.bodies[0][1]["messages"] == script.bodies[1][1]["messages"]
     assert page.locator(".turn").count() == 1
@@ -382,7 +382,7 @@ def test_the_demo_suggests_prompts_and_others_do_not(open_page: Any, script: Scr
     page = open_page()
     page.click("text=Once upon a time")
     page.wait_for_selector(".turn")
-    page.wait_for_function("document.querySelector('#send').textContent === 'Continue'")
+    page.wait_for_function("() => document.querySelector('#send').textContent === 'Continue'")
     assert script.bodies[0][0] == "/v1/completions"
     page.click("text=Chat")
     page.click("text=tell me the tale of the wolf and the lamb")

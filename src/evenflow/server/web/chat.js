@@ -31,7 +31,8 @@ export class Playground {
     const stored = load("playground", isStored) ?? { mode: "chat", showsTokens: false, chat: [], text: [] };
     this.mode = stored.mode;
     this.showsTokens = stored.showsTokens;
-    this.turns = { chat: stored.chat.map((turn) => this.turn("chat", turn)), text: stored.text.map((turn) => this.turn("text", turn)) };
+    this.turns = { chat: [], text: [] };
+    for (const mode of ["chat", "text"]) this.turns[mode] = stored[mode].map((turn) => this.turn(mode, turn));
     this.listen();
     this.setMode(this.mode);
     this.drawShowsTokens();
