@@ -8,15 +8,13 @@ from typing import Any
 
 from evenflow.beam_search import BeamSearchOutput, beam_search
 from evenflow.config import EngineConfig, Resolution
-from evenflow.engine.engine import Engine
+from evenflow.engine.building import build_engine
 from evenflow.engine.input import InputProcessor, Prompt, prompt_text
-from evenflow.engine.opening import open_model
+from evenflow.engine.opening import open_model, resolve_settings
 from evenflow.engine.output import OutputProcessor
 from evenflow.progress import GenerationProgress
 from evenflow.request import FinishReason, Request, RequestOutput
-from evenflow.runner.model_runner import ModelRunner
 from evenflow.sampling_params import BeamSearchParams, SamplingParams
-from evenflow.scheduler import Scheduler
 from evenflow.tokenizer import Tokenizer
 
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -38,26 +36,14 @@ class LLM:
             raise ValueError(f"LLM has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}")
         self.config = EngineConfig(model=model, **options)
         opened = open_model(self.config)
-        self.resolution: Resolution = opened.resolution
+        self.resolution: Resolution = resolve_settings(self.config, opened.model_config)
         self.model_config = opened.model_config
-        runner = ModelRunner(opened.resolution.settings, opened.model_config, opened.directory)
-        # From here on the context is what the cache holds.
-        self.settings = dataclasses.replace(opened.resolution.settings, max_model_len=runner.memory.max_model_len)
-        self.memory_account = str(runner.memory)
-        scheduler = Scheduler(
-            num_blocks=runner.memory.num_blocks,
-            block_size=self.settings.block_size,
-            max_num_seqs=self.settings.max_num_seqs,
-            max_num_batched_tokens=self.settings.max_num_batched_tokens,
-            max_model_len=self.settings.max_model_len,
-            enable_prefix_caching=self.settings.enable_prefix_caching,
-            enable_chunked_prefill=self.settings.enable_chunked_prefill,
-        )
-        self.engine = Engine(scheduler, runner)
+        built = build_engine(self.resolution.settings, opened)
+        self.engine, self.settings, self.memory_account = built.engine, built.settings, built.memory_account
         self._tokenizer = opened.tokenizer
         self._inputs = InputProcessor(self.settings, self.model_config, opened.tokenizer, opened.generation_config)
         self._outputs = OutputProcessor(opened.tokenizer)
-        self._defaults = opened.default_sampling_params()
+        self._defaults = opened.default_params
         self._request_ids = map(str, count())
 
     def default_sampling_params(self) -> SamplingParams:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from evenflow.sampling_params import SamplingParams
 
@@ -107,6 +109,17 @@ class StepPlan:
         return sum(row.end - row.start for row in self.rows)
 
 
+@dataclass(frozen=True, slots=True)
+class TokenMasks:
+    """Which tokens a grammar allows next. rows: indices into StepPlan.rows; bits: [len(rows), ceil(V / 32)] int32.
+
+    Bit i of word w stands for token 32 * w + i.
+    """
+
+    rows: list[int]
+    bits: npt.NDArray[np.int32]
+
+
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Log-probabilities at one position. Entry 0 is the token that stands there, the rest the best, in falling order.
 
@@ -144,6 +157,7 @@ class RequestDelta(msgspec.Struct, array_like=True, gc=False):
     stop_reason: int | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    is_grammar_end: bool = False  # a complete grammar ended it: its last token is text, not a stop token
 
 
 @dataclass(frozen=True, slots=True)

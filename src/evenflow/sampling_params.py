@@ -3,6 +3,7 @@
 Names and defaults are vLLM's. Every value is checked here, with comparisons that a NaN cannot pass.
 """
 
+import json
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -13,6 +14,11 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1000
 MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 1024
+MAX_GRAMMAR_CHARS = 64 * 1024
+MAX_REGEX_CHARS = 4096
+MAX_SCHEMA_DEPTH = 32
+MAX_ENUM = 1000
+STRUCTURED_OUTPUTS = ("json", "json_object", "regex", "choice", "grammar")
 
 
 def _check_number(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
@@ -44,6 +50,71 @@ def _check_token_ids(name: str, values: object, max_count: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StructuredOutputsParams:
+    """What the text must be. Exactly one of them, or ValueError.
+
+    json: a JSON schema, as a dict or as text. json_object: any JSON object. regex: the whole text matches it. choice:
+    one of these texts. grammar: a Lark grammar as llguidance reads it. Names are vLLM's.
+    """
+
+    json: str | dict[str, Any] | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in STRUCTURED_OUTPUTS if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            what = " and ".join(given) or "none"
+            raise ValueError(f"structured_outputs takes exactly one of {', '.join(STRUCTURED_OUTPUTS)}; given: {what}")
+        if self.json is not None:
+            object.__setattr__(self, "json", _schema_text(self.json))
+        for name, limit in (("regex", MAX_REGEX_CHARS), ("grammar", MAX_GRAMMAR_CHARS)):
+            text = getattr(self, name)
+            if text is not None and not (isinstance(text, str) and 0 < len(text) <= limit):
+                raise ValueError(f"structured_outputs.{name} must be a string of 1 to {limit} characters")
+        if self.choice is not None:
+            _check_choice(self.choice)
+
+
+def _schema_text(schema: object) -> str:
+    """The schema as JSON text, within its limits."""
+    name = "structured_outputs.json"
+    try:
+        value = json.loads(schema) if isinstance(schema, str) else schema
+        text = json.dumps(value)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a JSON schema, an object; not {type(value).__name__}")
+    if len(text) > MAX_GRAMMAR_CHARS:
+        raise ValueError(f"{name} has {len(text)} characters; at most {MAX_GRAMMAR_CHARS} are taken")
+    level: list[Any] = [value]
+    for _ in range(MAX_SCHEMA_DEPTH):
+        level = [child for part in level for child in _children(part)]
+        if any(isinstance(part, list) and len(part) > MAX_ENUM for part in level):
+            raise ValueError(f"{name} has a list of more than {MAX_ENUM} entries; make its enum shorter")
+        if not level:
+            return text
+    raise ValueError(f"{name} is nested more than {MAX_SCHEMA_DEPTH} levels deep")
+
+
+def _children(value: Any) -> list[Any]:
+    children = value.values() if isinstance(value, dict) else value
+    return [child for child in children if isinstance(child, (dict, list))]
+
+
+def _check_choice(choice: object) -> None:
+    name = "structured_outputs.choice"
+    if not isinstance(choice, list) or not 0 < len(choice) <= MAX_ENUM:
+        raise ValueError(f"{name} must be a list of 1 to {MAX_ENUM} strings")
+    for text in choice:
+        if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
+            raise ValueError(f"{name} entry {text!r:.80} must be a string of 1 to {MAX_STOP_LENGTH} characters")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """Sampling parameters of one request. Raises ValueError that names the field, its value and the range.
 
@@ -51,6 +122,7 @@ class SamplingParams:
     presence_penalty, frequency_penalty: OpenAI's, over output tokens. repetition_penalty: over prompt and output.
     seed: with a seed the tokens depend on the prompt, the parameters and the weights, not on the rest of the batch.
     stop: strings that end the text and are left out of it (`include_stop_str_in_output` keeps them).
+    structured_outputs: what the text must be. When it is complete the text ends, whatever min_tokens or ignore_eos say.
     max_tokens: None means up to the context. logprobs / prompt_logprobs: how many alternatives to return per token.
     """
 
@@ -75,6 +147,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     detokenize: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         stop: Any = self.stop
@@ -117,6 +190,10 @@ class SamplingParams:
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "detokenize"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        if not isinstance(self.structured_outputs, (StructuredOutputsParams, type(None))):
+            raise ValueError(
+                f"structured_outputs must be StructuredOutputsParams, not {type(self.structured_outputs).__name__}"
+            )
         if self.stop and not self.detokenize:
             raise ValueError("stop strings need detokenize=True; use stop_token_ids with detokenize=False")
 

@@ -6,7 +6,7 @@ in detokenizer.py, which uses the same bytes; rendering of chats is in chat_temp
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,6 +127,13 @@ class Tokenizer:
         """token id -> bytes. Only where `decoding` is not None."""
         return self._visible_bytes if skip_special_tokens else self._all_bytes
 
+    def bytes_of(self, skip_special_tokens: bool) -> Callable[[int], bytes]:
+        """The function from a token to what it adds to the text."""
+        if self.decoding is None:
+            hidden = self.special_ids if skip_special_tokens else frozenset()
+            return lambda token_id: b"" if token_id in hidden else self.token_bytes(token_id)
+        return self.bytes_table(skip_special_tokens).__getitem__
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token, special tokens included; empty for an id that is none."""
         if self.decoding is None:
@@ -165,12 +172,46 @@ class Tokenizer:
         )
 
     def encode_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
-        """`apply_chat_template`, encoded. The template writes the special tokens itself, so none are added."""
-        token_ids = self.encode(self.apply_chat_template(messages, **options), add_special_tokens=False)
-        # A template that writes the BOS, around messages whose text begins with another.
-        while self.bos_token_id is not None and token_ids[:2] == [self.bos_token_id] * 2:
-            del token_ids[0]
-        return token_ids
+        """`apply_chat_template`, encoded. The template writes the special tokens itself, so none are added.
+
+        What reads like a special token within a message is text: nobody ends their turn by writing how turns end.
+        """
+        mark = self._unused_mark([messages, options.get("tools")])
+        if mark is not None:
+            messages = [self._marked(message, mark) for message in messages]
+            options["tools"] = self._marked(options.get("tools"), mark)
+        text = self.apply_chat_template(messages, **options)
+        pieces = [text] if mark is None else text.split(mark)
+        return [token_id for piece in pieces for token_id in self.encode(piece, add_special_tokens=False)]
+
+    def _unused_mark(self, data: Any) -> str | None:
+        """A character of the private use area that `data` lacks; None if nothing in it reads like a special token."""
+        texts = list(_strings(data))
+        if self._special_pattern is None or not any(map(self._special_pattern.search, texts)):
+            return None
+        used = set().union(*texts)
+        return next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
+
+    def _marked(self, data: Any, mark: str) -> Any:
+        """A copy in which every text of a special token is broken by `mark` after its first character."""
+        if isinstance(data, str):
+            assert self._special_pattern is not None
+            return self._special_pattern.sub(lambda match: match[0][0] + mark + match[0][1:], data)
+        if isinstance(data, dict):
+            return {key: value if key == "role" else self._marked(value, mark) for key, value in data.items()}
+        return [self._marked(value, mark) for value in data] if isinstance(data, (list, tuple)) else data
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str] | None:
+        added = self.backend.get_added_tokens_decoder()
+        texts = [token.content for token in added.values() if token.special and len(token.content) > 1]
+        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True)))) if texts else None
+
+    @property
+    def chat_template_source(self) -> str | None:
+        """The Jinja source of the default template."""
+        template = self._chat_templates.get("default")
+        return None if template is None else template.source
 
     def _chat_template(self, tools: list[dict[str, Any]] | None) -> ChatTemplate:
         if tools and "tool_use" in self._chat_templates:
@@ -186,6 +227,19 @@ class Tokenizer:
         token = self.named_tokens.get(name)
         token_id = None if token is None else self.backend.token_to_id(token)
         return None if token_id is None else int(token_id)
+
+
+def _strings(data: Any) -> Iterator[str]:
+    """All strings in dicts and lists, keys and roles left out."""
+    if isinstance(data, str):
+        yield data
+    elif isinstance(data, dict):
+        for key, value in data.items():
+            if key != "role":
+                yield from _strings(value)
+    elif isinstance(data, (list, tuple)):
+        for value in data:
+            yield from _strings(value)
 
 
 def check_text(name: str, text: object) -> None:

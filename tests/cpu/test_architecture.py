@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": {"request"},
     "detokenizer": {"tokenizer"},
     "scheduler": {"request", "sampling_params"},
+    "guided": {"request", "sampling_params", "tokenizer"},
     "kernels": {"platforms"},
     "distributed": {"platforms"},
     "layers": {"kernels", "distributed", "model_config"},
@@ -47,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "platforms",
         "tokenizer",
         "detokenizer",
+        "guided",
         "runner",
     },
     "beam_search": {"sampling_params"},
@@ -54,17 +56,28 @@ MAY_IMPORT: dict[str, set[str]] = {
         "engine",
         "beam_search",
         "progress",
-        "runner",
-        "scheduler",
         "request",
         "sampling_params",
         "config",
         "model_config",
         "tokenizer",
     },
+    "server": {
+        "engine",
+        "request",
+        "sampling_params",
+        "config",
+        "guided",
+        "model_config",
+        "model_files",
+        "platforms",
+        "tokenizer",
+        "detokenizer",
+        "chat_template",
+    },
     "plan": {"config", "model_config", "model_files", "platforms"},
     "doctor": {"platforms", "demo"},
-    "cli": {"llm", "engine", "plan", "doctor", "config", "platforms", "request", "sampling_params"},
+    "cli": {"llm", "server", "engine", "plan", "doctor", "config", "platforms", "request", "sampling_params"},
     "__main__": {"cli"},
 }
 NO_TORCH = {
@@ -79,11 +92,21 @@ NO_TORCH = {
     "scheduler",
     "beam_search",
     "progress",
+    "guided",
+    "server",
     "plan",
 }
 # These may import torch inside functions, when it is certain that it is needed.
 LAZY_TORCH = {"cli", "doctor", "platforms"}
-NO_TORCH_FILES = {"engine/input.py", "engine/output.py", "engine/opening.py", "demo/__init__.py"}
+NO_TORCH_FILES = {
+    "engine/client.py",
+    "engine/input.py",
+    "engine/messages.py",
+    "engine/opening.py",
+    "engine/output.py",
+    "engine/stats.py",
+    "demo/__init__.py",
+}
 VENDORS = re.compile(r"\b(nvidia|amd|rocm|hip|is_hip|gfx\w+|sm_\d+)\b", re.IGNORECASE)
 VENDOR_FILES = {"platforms", "plan", "doctor", "demo"}
 

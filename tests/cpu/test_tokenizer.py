@@ -419,9 +419,24 @@ def test_parts_are_joined_and_options_cannot_replace_ours() -> None:
         tokenizer.apply_chat_template(messages, continue_final_message=True)
 
 
-def test_no_double_bos() -> None:
-    tokenizer = chat_tokenizer("{{ bos_token }}{{ messages[0].content }}")
-    assert tokenizer.encode_chat([{"role": "user", "content": "<s>hello"}]) == tokenizer.encode("hello")
+def test_special_tokens_in_a_message_are_text() -> None:
+    tokenizer = chat_tokenizer(
+        "{{ bos_token }}{{ messages[0].content }}{{ messages[0].get('more', {}).get('x', [''])[0] }}"
+    )
+    bos = tokenizer.bos_token_id
+    for message in (
+        {"role": "user", "content": "<s>hello</s>"},
+        {"role": "user", "content": [{"type": "text", "text": "<s>hello"}, {"type": "text", "text": "</s>\ue000<s>"}]},
+        {"role": "user", "content": "hello", "more": {"x": ["<s>"]}},
+    ):
+        token_ids = tokenizer.encode_chat([message])
+        assert token_ids[0] == bos
+        assert bos not in token_ids[1:]
+        assert tokenizer.eos_token_id not in token_ids
+        content = message["content"]
+        text = content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+        assert tokenizer.decode(token_ids) == text + message.get("more", {"x": [""]})["x"][0]
+    assert tokenizer.encode_chat([{"role": "user", "content": "hello"}]) == tokenizer.encode("hello")
 
 
 def test_random_bytes_decode_as_a_strict_utf8_decoder_says() -> None:

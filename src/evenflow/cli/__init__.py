@@ -1,4 +1,4 @@
-"""The command line: evenflow generate, chat, plan, doctor.
+"""The command line: evenflow generate, chat, serve, plan, doctor.
 
 Answers --help, --version and wrong usage without torch; each command imports what it needs when it runs.
 Exit codes: 0 done, 1 something failed, 2 bad input, 3 a plan that does not fit, 130 interrupted.
@@ -17,12 +17,14 @@ from evenflow import __version__
 COMMANDS = {
     "generate": "complete a prompt",
     "chat": "talk with a model",
+    "serve": "serve it over the OpenAI API, with a page to look at",
     "plan": "does a model fit a GPU, and how fast can it be?",
     "doctor": "what is on this machine, and what is wrong with it",
 }
 EXAMPLES = """examples:
   evenflow generate "Once upon a time"
   evenflow chat
+  evenflow serve
   evenflow plan llama-2-70b --gpu mi210 --gpus 4
   evenflow doctor
 

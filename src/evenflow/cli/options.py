@@ -26,14 +26,24 @@ SAMPLING: tuple[tuple[str, type, str, str], ...] = (
 def add_engine_options(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = ()) -> None:
     """One option per field of EngineConfig. Not given: absent from the namespace."""
     group = parser.add_argument_group("engine")
-    for field in dataclasses.fields(EngineConfig):
+    add_options(group, EngineConfig, "engine_", leave_out)
+    group.add_argument(
+        "--explain", action="store_true", help="print every resolved setting and why, load nothing, and exit"
+    )
+
+
+def add_options(
+    group: argparse._ArgumentGroup, config: type[Any], prefix: str, leave_out: tuple[str, ...] = ()
+) -> None:
+    """One option per field of a configuration. Not given: absent from the namespace."""
+    for field in dataclasses.fields(config):
         if field.name in leave_out:
             continue
         flags = ["--" + field.name.replace("_", "-")]
         if field.name == "model":
             flags.insert(0, "-m")
         settings: dict[str, Any] = {"help": field.metadata["help"], "default": argparse.SUPPRESS}
-        settings["dest"] = "engine_" + field.name
+        settings["dest"] = prefix + field.name
         if isinstance(field.default, bool):
             settings["action"] = argparse.BooleanOptionalAction
         else:
@@ -41,9 +51,6 @@ def add_engine_options(parser: argparse.ArgumentParser, *, leave_out: tuple[str,
             settings["choices"] = field.metadata["choices"]
             settings["metavar"] = None if field.metadata["choices"] else settings["type"].__name__.upper()
         group.add_argument(*flags, **settings)
-    group.add_argument(
-        "--explain", action="store_true", help="print every resolved setting and why, load nothing, and exit"
-    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -84,9 +91,9 @@ def explain(config: EngineConfig) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from evenflow.engine.opening import open_model
+    from evenflow.engine.opening import open_model, resolve_settings
 
-    resolution = open_model(config).resolution
+    resolution = resolve_settings(config, open_model(config).model_config)
     table = Table("setting", "value", "why")
     for name, reason in resolution.reasons.items():
         table.add_row(name, str(getattr(resolution.settings, name)), reason)

@@ -4,11 +4,19 @@ A request that fails ends alone. A step that fails ends its requests, and the en
 """
 
 import logging
+import time
 from collections.abc import Iterable
-from typing import Protocol
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import TYPE_CHECKING, Any, Protocol
 
-from evenflow.request import FinishReason, Request, RequestDelta, StepPlan, StepResult
+from evenflow.engine.stats import EngineStats
+from evenflow.request import FinishReason, Request, RequestDelta, StepPlan, StepResult, TokenMasks
 from evenflow.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from evenflow.guided.matcher import GuidedDecoding
+
+BUILD_WAIT_S = 0.005
 
 logger = logging.getLogger("evenflow")
 
@@ -16,41 +24,136 @@ logger = logging.getLogger("evenflow")
 class Runner(Protocol):
     """What the engine needs of a runner."""
 
-    def execute(self, plan: StepPlan) -> StepResult: ...
+    def execute(self, plan: StepPlan, masks: TokenMasks | None) -> StepResult: ...
 
 
 class Engine:
-    """add and abort at any time between steps; step until has_unfinished is False."""
+    """add and abort at any time between steps; step until has_unfinished is False.
 
-    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
-        self.scheduler, self.runner = scheduler, runner
+    guided: for requests with structured_outputs; None: there are none.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, guided: "GuidedDecoding | None" = None) -> None:
+        self.scheduler, self.runner, self._guided = scheduler, runner, guided
         self.num_steps = 0
+        self.queue_times: list[tuple[str, float]] = []  # (request id, seconds waited) of those the last step began
+        self._building: dict[str, tuple[Request, Future[Any]]] = {}  # their grammars are being compiled
+        self._step_time_s = 0.0
+        self._added_s: dict[str, float] = {}  # requests that no step has computed anything of
+        self._num_computed_tokens = self._num_output_tokens = self._num_failed_rows = 0  # since the start
 
     @property
     def has_unfinished(self) -> bool:
-        return self.scheduler.has_unfinished
+        return self.scheduler.has_unfinished or bool(self._building)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError if it could never run."""
-        self.scheduler.add(request)
+        self.scheduler.check(request)
+        if request.request_id in self._building:
+            raise ValueError(f"request id {request.request_id!r} is already in use; choose another")
+        self._added_s[request.request_id] = time.perf_counter()
+        if request.params.structured_outputs is None:
+            self.scheduler.add(request)
+        elif self._guided is None:
+            raise ValueError("structured_outputs needs a tokenizer, and none is loaded; leave it out")
+        else:
+            self._building[request.request_id] = (request, self._guided.begin(request))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests in whatever state they are; unknown and finished ids are fine."""
         for request_id in request_ids:
+            self._building.pop(request_id, None)
             self.scheduler.finish(request_id, FinishReason.ABORT)
+            self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        self._added_s.pop(request_id, None)
+        if self._guided is not None:
+            self._guided.forget(request_id)
 
     def step(self) -> list[RequestDelta]:
         """Run one step and return what it brought to each of its requests."""
+        deltas = self._add_built() if self._building else []
         plan = self.scheduler.schedule()
-        if not plan.rows:
-            return []
+        if plan.rows:
+            deltas += self._run(plan)
+        for delta in deltas:
+            if delta.finish_reason is not None:
+                self._forget(delta.request_id)
+        return deltas
+
+    def _add_built(self) -> list[RequestDelta]:
+        """Queue the requests whose grammars are compiled. With nothing else to do, waits for one a moment."""
+        futures = [future for _, future in self._building.values()]
+        wait(futures, timeout=0 if self.scheduler.has_unfinished else BUILD_WAIT_S, return_when=FIRST_COMPLETED)
+        failed = []
+        for request_id, (request, future) in list(self._building.items()):
+            if not future.done():
+                continue
+            del self._building[request_id]
+            assert self._guided is not None
+            if (error := future.exception()) is None:
+                self._guided.ready(request_id, future.result())
+                self.scheduler.add(request)
+            else:
+                failed.append(RequestDelta(request_id, [], finish_reason=FinishReason.ERROR, error=str(error)))
+        return failed
+
+    def _run(self, plan: StepPlan) -> list[RequestDelta]:
         self.num_steps += 1
+        start_s = time.perf_counter()
+        self.queue_times = self._take_queue_times(plan, start_s) if self._added_s else []
         try:
-            result = self.runner.execute(plan)
+            masks = self._guided.masks(plan) if self._guided is not None else None
+            result = self.runner.execute(plan, masks)
         except Exception as error:  # whatever it was, it must not take the waiting requests down
             logger.exception("a step of %d requests failed", len(plan.rows))
+            self._num_failed_rows += len(plan.rows)
             return self.scheduler.fail_step(plan, f"the engine failed in this step: {type(error).__name__}")
         except BaseException:  # interrupted: what the step was to compute is not there
             self.scheduler.fail_step(plan, "interrupted")
             raise
-        return self.scheduler.update(plan, result)
+        complete = self._guided.advance(plan, masks, result) if self._guided is not None and masks is not None else []
+        deltas = self.scheduler.update(plan, result)
+        if complete:
+            self._end_complete(deltas, set(complete))
+        self._count(plan, result, time.perf_counter() - start_s)
+        return deltas
+
+    def _end_complete(self, deltas: list[RequestDelta], complete: set[str]) -> None:
+        """End the requests whose grammar takes nothing more; one that ended in this step anyway stays as it is."""
+        for delta in deltas:
+            if delta.request_id in complete and delta.finish_reason is None:
+                self.scheduler.finish(delta.request_id, FinishReason.STOP)
+                delta.finish_reason, delta.is_grammar_end = FinishReason.STOP, True
+
+    def _take_queue_times(self, plan: StepPlan, now_s: float) -> list[tuple[str, float]]:
+        """Of the requests in the plan that no step before has computed anything of."""
+        ids = [request.request_id for request in plan.requests if request.request_id in self._added_s]
+        return [(request_id, now_s - self._added_s.pop(request_id)) for request_id in ids]
+
+    def _count(self, plan: StepPlan, result: StepResult, step_time_s: float) -> None:
+        self._step_time_s += step_time_s
+        self._num_computed_tokens += plan.num_tokens
+        self._num_output_tokens += len(result.token_ids) - result.token_ids.count(-1)
+        self._num_failed_rows += len(result.errors)
+
+    def stats(self) -> EngineStats:
+        """Where things stand between two steps."""
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_blocks=pool.num_blocks,
+            block_size=scheduler.block_size,
+            num_used_blocks=pool.num_blocks - pool.num_free,
+            num_cached_blocks=pool.num_cached,
+            num_steps=self.num_steps,
+            step_time_s=self._step_time_s,
+            num_computed_tokens=self._num_computed_tokens,
+            num_output_tokens=self._num_output_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            num_prefix_queries=scheduler.num_prefix_queries,
+            num_prefix_hits=scheduler.num_prefix_hits,
+            num_failed_rows=self._num_failed_rows,
+        )

@@ -24,6 +24,17 @@ def prompt_text(prompt: Prompt) -> str | None:
     return text if isinstance(text, str) else None
 
 
+def eos_token_ids(
+    model: ModelConfig, tokenizer: Tokenizer | None, generation_defaults: Mapping[str, Any]
+) -> frozenset[int]:
+    """The tokens that end a sequence, by generation_config.json, config.json and the tokenizer."""
+    ids = [*token_ids(generation_defaults.get("eos_token_id")), *model.eos_token_ids]
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    # One beyond the logits can never be sampled.
+    return frozenset(token_id for token_id in ids if token_id < model.vocab_size)
+
+
 class InputProcessor:
     """Checks and completes requests. `tokenizer` None: prompts must be token ids.
 
@@ -39,11 +50,7 @@ class InputProcessor:
         generation_defaults: Mapping[str, Any],
     ) -> None:
         self._settings, self._model, self._tokenizer = settings, model, tokenizer
-        ids = [*token_ids(generation_defaults.get("eos_token_id")), *model.eos_token_ids]
-        if tokenizer is not None and tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-        # One beyond the logits can never be sampled.
-        self.eos_token_ids = frozenset(token_id for token_id in ids if token_id < model.vocab_size)
+        self.eos_token_ids = eos_token_ids(model, tokenizer, generation_defaults)
         self._draws = itertools.count()
 
     def process(
@@ -146,6 +153,8 @@ class InputProcessor:
         self._check_ids("stop_token_ids", params.stop_token_ids)
         if self._tokenizer is None and params.stop:
             raise ValueError(f"stop={params.stop!r:.80} needs a tokenizer, and none is loaded; use stop_token_ids")
+        if self._tokenizer is None and params.structured_outputs is not None:
+            raise ValueError("structured_outputs needs a tokenizer, and none is loaded; leave it out")
         if self._tokenizer is None and params.bad_words:
             raise ValueError(
                 f"bad_words={params.bad_words!r:.80} needs a tokenizer, and none is loaded; use logit_bias"

@@ -52,9 +52,15 @@ class OutputProcessor:
         self._parents[parent_id] = parent
 
     def process(self, deltas: Sequence[RequestDelta]) -> tuple[list[RequestOutput], list[str]]:
-        """Apply one step's deltas. Returns the outputs and the ids of children that the engine must abort.
+        """Apply one step's deltas. Returns the outputs and the ids of children that the engine must abort."""
+        touched, to_abort = self.apply(deltas)
+        return [output for parent_id in touched if (output := self.take(parent_id)) is not None], to_abort
 
-        Deltas of children that are unknown, ended or aborted are ignored.
+    def apply(self, deltas: Sequence[RequestDelta]) -> tuple[list[str], list[str]]:
+        """Take over deltas. Returns the ids of the requests that have something to `take`, and of children to abort.
+
+        What is not taken at once is merged with what comes later. Deltas of children that are unknown, ended or
+        aborted are ignored.
         """
         touched: dict[str, _Parent] = {}
         to_abort = []
@@ -72,11 +78,16 @@ class OutputProcessor:
                 if delta.finish_reason is None:
                     to_abort.append(delta.request_id)
             touched[child.parent.request_id] = child.parent
-        outputs = [output for parent in touched.values() if (output := parent.output()) is not None]
-        for output in outputs:
-            if output.finished:
-                del self._parents[output.request_id]
-        return outputs, to_abort
+        return [parent_id for parent_id, parent in touched.items() if parent.has_news], to_abort
+
+    def take(self, parent_id: str) -> RequestOutput | None:
+        """What there is to tell of a request, None if nothing. After the last output the request is forgotten."""
+        parent = self._parents.get(parent_id)
+        if parent is None or not parent.has_news:
+            return None
+        if parent.is_finished:
+            del self._parents[parent_id]
+        return parent.output()
 
     def abort(self, parent_id: str) -> list[str]:
         """Forget a request; harmless if unknown. Returns the ids of its live children, for the engine to abort."""
@@ -116,12 +127,17 @@ class _Parent:
         self.prompt_logprobs: list[dict[int, Logprob] | None] = [None]
         self._num_prompt_logprobs_sent = 0
 
-    def output(self) -> RequestOutput | None:
-        """What there is to tell now, if anything."""
-        finished = all(child.finish_reason is not None for child in self.children)
-        is_changed = any(child.is_changed for child in self.children)
-        if not (finished or (self.is_streaming and is_changed)):
-            return None
+    @property
+    def is_finished(self) -> bool:
+        return all(child.finish_reason is not None for child in self.children)
+
+    @property
+    def has_news(self) -> bool:
+        return self.is_finished or (self.is_streaming and any(child.is_changed for child in self.children))
+
+    def output(self) -> RequestOutput:
+        """What there is to tell now."""
+        finished = self.is_finished
         told = [child for child in self.children if child.is_changed] if self.is_incremental else self.children
         return RequestOutput(
             request_id=self.request_id,
@@ -182,7 +198,8 @@ class _Child:
         self._token_ids += new_ids
         if delta.logprobs and params.logprobs is not None:
             self._logprobs += [logprob_dict(entry, parent.tokenizer) for entry in delta.logprobs]
-        if finish_reason is FinishReason.STOP and not params.include_stop_str_in_output:
+        has_stop_token = finish_reason is FinishReason.STOP and not delta.is_grammar_end
+        if has_stop_token and not params.include_stop_str_in_output:
             new_ids = new_ids[:-1]  # the stop token itself is no text
         if self._detokenizer is not None:
             self._add_text(self._detokenizer, new_ids, is_last=finish_reason is not None)

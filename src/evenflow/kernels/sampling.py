@@ -157,6 +157,16 @@ def _filtered_rows(
     return gumbel_argmax(kept, torch.ones_like(thresholds), seeds, positions)
 
 
+def apply_masks_(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+    """-inf for what a row's mask does not allow, in place. logits: [R, V]; rows: [K]; bits: [K, ceil(V / 32)] int32.
+
+    Bit i of word w stands for token 32 * w + i. A NaN in a logit that is not allowed is no longer seen.
+    """
+    shifts = torch.arange(32, dtype=torch.int32, device=bits.device)
+    allowed = ((bits[:, :, None] >> shifts) & 1).bool().flatten(1)[:, : logits.shape[1]]
+    logits[rows] = logits[rows].masked_fill(~allowed, -torch.inf)
+
+
 def apply_penalties_(
     logits: Tensor,
     token_ids: Tensor,

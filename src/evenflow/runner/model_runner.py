@@ -14,7 +14,7 @@ from evenflow.layers.loading import Placement
 from evenflow.layers.rotary import cos_sin
 from evenflow.model_config import ModelConfig
 from evenflow.models import make_model
-from evenflow.request import StepPlan, StepResult, TokenLogprobs
+from evenflow.request import StepPlan, StepResult, TokenLogprobs, TokenMasks
 from evenflow.runner.batch import Batch, SlotState
 from evenflow.runner.kv_cache import MemoryPlan, make_caches, plan_memory
 from evenflow.runner.sampler import Sampler
@@ -49,15 +49,15 @@ class ModelRunner:
         self.slots = SlotState(settings.max_num_seqs, max_model_len, settings.block_size)
         self.sampler = Sampler(settings.max_num_seqs, model_config.vocab_size, self.device)
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, masks: TokenMasks | None = None) -> StepResult:
         """Compute the plan's tokens, write their keys and values, and sample. Rows of the result are the plan's."""
         cache_bytes = sum(row.end for row in plan.rows) * self.kv_bytes_per_token
         is_small_step = is_small(plan.num_tokens, self.num_parameters, self.memory.weight_bytes + cache_bytes)
         with one_thread_if(is_small_step):
-            return self._execute(plan)
+            return self._execute(plan, masks)
 
     @torch.inference_mode()
-    def _execute(self, plan: StepPlan) -> StepResult:
+    def _execute(self, plan: StepPlan, masks: TokenMasks | None) -> StepResult:
         for request in plan.admitted:
             self.slots.admit(request)
             self.sampler.admit(request)
@@ -75,19 +75,22 @@ class ModelRunner:
         }
         if not len(batch.sampling_rows):
             return StepResult([-1] * len(plan.rows), prompt_logprobs=prompt_logprobs, errors=errors)
-        return self._sample(batch, hidden, prompt_logprobs, errors)
+        return self._sample(batch, hidden, masks, prompt_logprobs, errors)
 
     def _sample(
         self,
         batch: Batch,
         hidden: Tensor,
+        masks: TokenMasks | None,
         prompt_logprobs: dict[int, list[TokenLogprobs]],
         errors: dict[int, str],
     ) -> StepResult:
         rows, slots = batch.sampling_rows, batch.slots[batch.sampling_rows]
         lengths = batch.ends[rows]
         logits = self.model.logits(hidden[batch.sampling_tokens])
-        sampled = self.sampler.sample(logits, slots, lengths, self.slots.token_ids)
+        if masks is not None:
+            masks = TokenMasks(np.searchsorted(rows, masks.rows).tolist(), masks.bits)  # of the rows that sample
+        sampled = self.sampler.sample(logits, slots, lengths, self.slots.token_ids, masks)
         token_ids = np.full(len(batch.slots), -1, dtype=np.int64)
         token_ids[rows] = sampled.token_ids.cpu().numpy()
         self.slots.token_ids[slots, lengths] = np.maximum(token_ids[rows], 0)

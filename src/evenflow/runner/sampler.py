@@ -16,8 +16,15 @@ import torch
 from torch import Tensor
 
 from evenflow.kernels.logprobs import token_logprobs
-from evenflow.kernels.sampling import apply_penalties_, bad_word_bias, filtered_argmax, gumbel_argmax, row_max
-from evenflow.request import AdmittedRequest, TokenLogprobs
+from evenflow.kernels.sampling import (
+    apply_masks_,
+    apply_penalties_,
+    bad_word_bias,
+    filtered_argmax,
+    gumbel_argmax,
+    row_max,
+)
+from evenflow.request import AdmittedRequest, TokenLogprobs, TokenMasks
 
 Ints = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
@@ -133,10 +140,18 @@ class Sampler:
         self.state.admit(request)
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, slots: Ints, lengths: Ints, token_ids: Tensor | Array) -> SampledTokens:
+    def sample(
+        self,
+        logits: Tensor,
+        slots: Ints,
+        lengths: Ints,
+        token_ids: Tensor | Array,
+        masks: TokenMasks | None = None,
+    ) -> SampledTokens:
         """logits: [R, V], overwritten if float32; slots, lengths (prompt + output so far): [R], on the host.
 
         token_ids: the token buffer, [max_num_seqs, at least the longest length], an array or a tensor on the device.
+        masks: what grammars allow in some of the R rows.
         """
         state = self.state
         logits = logits.float()
@@ -145,6 +160,8 @@ class Sampler:
         buffer = torch.as_tensor(token_ids)
         self._add_biases(logits, slots, lengths, buffer)
         self._penalise(logits, slots, lengths, buffer)
+        if masks is not None:
+            apply_masks_(logits, self._tensor(np.array(masks.rows)), self._tensor(masks.bits))
         best, sampled = self._draw(logits, slots, lengths)
         is_bad = ~torch.isfinite(best)
         tensors, wanted = None, []

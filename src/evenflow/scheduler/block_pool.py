@@ -17,6 +17,7 @@ class BlockPool:
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
         self._dirty: set[int] = set()
+        self.num_cached = 0  # free blocks that can be found
         self.zero_block_ids: list[int] = []  # handed out since the caller last emptied it, and dirty
 
     @property
@@ -27,9 +28,9 @@ class BlockPool:
         """Take `count` blocks with one reference each; the caller has seen num_free. Their old content is forgotten."""
         blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
         for block in blocks:
-            self.references[block] = 1
             if block in self._hash_of:
                 self.forget(block)
+            self.references[block] = 1
             if block in self._dirty:
                 self._dirty.remove(block)
                 self.zero_block_ids.append(block)
@@ -39,6 +40,7 @@ class BlockPool:
         """One more reference to a block that was found."""
         if self.references[block] == 0:
             del self._free[block]
+            self.num_cached -= 1
         self.references[block] += 1
 
     def release(self, blocks: Iterable[int]) -> None:
@@ -47,6 +49,7 @@ class BlockPool:
             self.references[block] -= 1
             if self.references[block] == 0:
                 self._free[block] = None
+                self.num_cached += block in self._hash_of
             assert self.references[block] >= 0, f"block {block} released twice"
 
     def register(self, block: int, block_hash: bytes) -> bool:
@@ -65,6 +68,7 @@ class BlockPool:
         block_hash = self._hash_of.pop(block, None)
         if block_hash is not None:
             del self._block_of[block_hash]
+            self.num_cached -= self.references[block] == 0
 
     def mark_dirty(self, blocks: Iterable[int]) -> None:
         """These may hold NaNs, which a masked read does not survive: they are zeroed when they are next handed out."""
@@ -76,3 +80,4 @@ class BlockPool:
             assert self.references[block] == held.get(block, 0), f"block {block} has the wrong reference count"
             assert (block in self._free) == (self.references[block] == 0), f"block {block} is held and free, or neither"
         assert {h: b for b, h in self._hash_of.items()} == self._block_of
+        assert self.num_cached == sum(block in self._hash_of for block in self._free)

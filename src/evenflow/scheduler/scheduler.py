@@ -77,6 +77,12 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError if its id is taken or it could never run."""
+        self.check(request)
+        self._requests[request.request_id] = request
+        self.waiting.append(request)
+
+    def check(self, request: Request) -> None:
+        """Raises the ValueError that `add` would."""
         if request.request_id in self._requests:
             raise ValueError(f"request id {request.request_id!r} is already in use; choose another")
         if not request.token_ids or request.max_tokens < 1:
@@ -91,8 +97,6 @@ class Scheduler:
                 f"prompt of {request.num_prompt_tokens} + max_tokens={request.max_tokens} exceeds the {capacity} "
                 "tokens that a request may have here; shorten the prompt or lower max_tokens"
             )
-        self._requests[request.request_id] = request
-        self.waiting.append(request)
 
     def schedule(self) -> StepPlan:
         """The next step. Empty only when nothing can be done before `update`, or nothing is left."""

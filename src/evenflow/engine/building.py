@@ -1,0 +1,42 @@
+"""A model's weights, its cache, its scheduler: everything that steps, put together. Imports torch."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from evenflow.config import Settings
+from evenflow.engine.engine import Engine
+from evenflow.engine.input import eos_token_ids
+from evenflow.engine.opening import OpenedModel
+from evenflow.guided.matcher import GuidedDecoding
+from evenflow.runner.model_runner import ModelRunner
+from evenflow.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """An engine that can step. settings: with the context that the cache can hold. memory_account: one line."""
+
+    engine: Engine
+    settings: Settings
+    memory_account: str
+
+
+def build_engine(settings: Settings, opened: OpenedModel) -> BuiltEngine:
+    """Load the weights and make the cache. Raises ValueError that names the file or the setting at fault."""
+    runner = ModelRunner(settings, opened.model_config, opened.directory)
+    settings = dataclasses.replace(settings, max_model_len=runner.memory.max_model_len)
+    scheduler = Scheduler(
+        num_blocks=runner.memory.num_blocks,
+        block_size=settings.block_size,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_model_len=settings.max_model_len,
+        enable_prefix_caching=settings.enable_prefix_caching,
+        enable_chunked_prefill=settings.enable_chunked_prefill,
+    )
+    model, tokenizer = opened.model_config, opened.tokenizer
+    guided = None
+    if tokenizer is not None:
+        eos_ids = eos_token_ids(model, tokenizer, opened.generation_config)
+        guided = GuidedDecoding(tokenizer, model.vocab_size, eos_ids)
+    return BuiltEngine(Engine(scheduler, runner, guided), settings, str(runner.memory))

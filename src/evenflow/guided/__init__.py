@@ -1,0 +1,1 @@
+"""Structured output: what a text must be, as masks over the next token. The engine of grammars is llguidance."""

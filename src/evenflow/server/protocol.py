@@ -1,0 +1,207 @@
+"""The bodies that clients send: typed, closed, null-tolerant; unknown fields are accepted and ignored.
+
+Owns names, types and the translation to SamplingParams, which checks the ranges. Field names are OpenAI's, then vLLM's.
+"""
+
+from typing import Any, Literal
+
+import msgspec
+
+from evenflow.sampling_params import SamplingParams, StructuredOutputsParams
+from evenflow.server.errors import ApiError
+
+MAX_SEQUENCES = 256  # of one HTTP request: prompts x n
+MAX_MESSAGES = 2000
+MAX_TOP_LOGPROBS = 20
+
+Prompts = str | list[str | int | list[int]]
+JsonObject = dict[str, Any]
+
+
+class StreamOptions(msgspec.Struct, kw_only=True):
+    """include_usage: a last chunk with the usage. continuous_usage_stats: the usage so far in every chunk."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class JsonSchemaFormat(msgspec.Struct, kw_only=True):
+    """What response_format of type json_schema holds."""
+
+    name: str | None = None
+    schema: JsonObject | bool | None = None
+    strict: bool | None = None
+    description: str | None = None
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(msgspec.Struct, kw_only=True):
+    """vLLM's extra field. Exactly one of them."""
+
+    json: JsonObject | str | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
+class SamplingFields(msgspec.Struct, kw_only=True):
+    """What completions and chats share. A field that is absent or null takes the model's default."""
+
+    model: str | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    logit_bias: dict[str, float] | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonObject | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    cache_salt: str | None = None
+    priority: int | None = None  # accepted; first come, first served
+    user: str | None = None
+
+    def to_params(self, defaults: SamplingParams, **fixed: Any) -> SamplingParams:
+        """`defaults`, then what the body says, then `fixed`. Raises ValueError that names the field."""
+        given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
+        if self.logit_bias:
+            given["logit_bias"] = {_token_id(key): bias for key, bias in self.logit_bias.items()}
+        if (structured := self.to_structured_outputs()) is not None:
+            given["structured_outputs"] = structured
+        return defaults.replace(**given | fixed)
+
+    def to_structured_outputs(self) -> StructuredOutputsParams | None:
+        """From response_format, structured_outputs or guided_*; at most one of them. None: free text."""
+        asked: list[tuple[str, dict[str, Any]]] = []
+        if self.response_format is not None and self.response_format.type != "text":
+            asked.append(("response_format", _of_response_format(self.response_format)))
+        if self.structured_outputs is not None:
+            asked.append(("structured_outputs", msgspec.structs.asdict(self.structured_outputs)))
+        for name in ("json", "regex", "choice", "grammar"):
+            if (value := getattr(self, f"guided_{name}")) is not None:
+                asked.append((f"guided_{name}", {name: value}))
+        if len(asked) > 1:
+            raise ValueError(f"{asked[0][0]} and {asked[1][0]} cannot be combined; keep one of them")
+        return StructuredOutputsParams(**asked[0][1]) if asked else None
+
+
+_SAMPLING = (
+    *("n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+    *("seed", "stop", "stop_token_ids", "bad_words", "min_tokens", "ignore_eos", "skip_special_tokens"),
+    "include_stop_str_in_output",
+)
+
+
+class CompletionRequest(SamplingFields, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: Prompts
+    max_tokens: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+    add_special_tokens: bool | None = None
+
+
+class ChatCompletionRequest(SamplingFields, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[JsonObject]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[JsonObject] | None = None
+    tool_choice: str | JsonObject | None = None
+    parallel_tool_calls: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, str | int | float | bool | None] | None = None
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True):
+    """POST /tokenize, of a text or of a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[JsonObject] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    return_token_strs: bool | None = None
+    tools: list[JsonObject] | None = None
+    chat_template_kwargs: dict[str, str | int | float | bool | None] | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True):
+    """POST /detokenize."""
+
+    tokens: list[int]
+    model: str | None = None
+    skip_special_tokens: bool | None = None
+
+
+def split_prompts(prompts: Prompts) -> list[str | list[int]]:
+    """The four forms of OpenAI's `prompt` (text, texts, token ids, lists of token ids) as a list of prompts."""
+    if isinstance(prompts, str):
+        return [prompts]
+    kinds = {type(part) for part in prompts}
+    if kinds == {int}:
+        return [prompts]  # type: ignore[list-item]
+    if kinds in ({str}, {list}):
+        return prompts  # type: ignore[return-value]
+    what = "is empty" if not prompts else "mixes texts, token ids and lists"
+    raise ApiError(
+        400, f"prompt {what}; it is a text, a list of texts, a list of token ids, or a list of those", param="prompt"
+    )
+
+
+def check_num_sequences(num_prompts: int, n: int) -> None:
+    """Before any fan-out."""
+    if num_prompts * n > MAX_SEQUENCES:
+        raise ApiError(
+            400,
+            f"{num_prompts} prompts x n={n} are {num_prompts * n} completions; one request may ask for at most "
+            f"{MAX_SEQUENCES}; send several requests",
+            param="n" if num_prompts == 1 else "prompt",
+        )
+
+
+def _of_response_format(response_format: ResponseFormat) -> dict[str, Any]:
+    if response_format.type == "json_object":
+        return {"json_object": True}
+    json_schema = response_format.json_schema
+    if json_schema is None or json_schema.schema is None:
+        raise ValueError("response_format.json_schema.schema is missing; give the JSON schema, or use json_object")
+    if isinstance(json_schema.schema, bool):
+        return {"json_object": True}
+    return {"json": json_schema.schema}
+
+
+def _token_id(key: str) -> int:
+    if not (key.isascii() and key.isdigit()) or len(key) > 10:
+        raise ValueError(f"logit_bias key {key!r:.80} is not a token id; keys are numbers such as '50256'")
+    return int(key)

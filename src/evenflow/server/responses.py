@@ -1,0 +1,315 @@
+"""POST /v1/responses: OpenAI's newer API, answered by the chat's machinery. Nothing is stored."""
+
+import uuid
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any, Literal
+
+import msgspec
+
+from evenflow.request import CompletionOutput
+from evenflow.server.answer import Answer, ToolCall
+from evenflow.server.chat import ChatCall
+from evenflow.server.errors import ApiError, error_body
+from evenflow.server.front import Front, ObservedGeneration, raise_if_failed
+from evenflow.server.protocol import ChatCompletionRequest, JsonObject, JsonSchemaFormat, ResponseFormat
+from evenflow.server.streaming import encode_json
+from evenflow.server.tools import TextDelta, ToolCallStart, ToolEvent
+
+
+class TextFormat(msgspec.Struct, kw_only=True):
+    """The format of the text: what chat's response_format says, flattened."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str | None = None
+    schema: JsonObject | None = None
+    strict: bool | None = None
+
+
+class TextOptions(msgspec.Struct, kw_only=True):
+    format: TextFormat | None = None
+
+
+class ResponsesRequest(msgspec.Struct, kw_only=True):
+    """What is stored on OpenAI's side (previous_response_id, conversation) is refused; `store` is ignored."""
+
+    input: str | list[JsonObject]
+    model: str | None = None
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_logprobs: int | None = None
+    include: list[str] | None = None
+    stream: bool | None = None
+    tools: list[JsonObject] | None = None
+    tool_choice: str | JsonObject | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextOptions | None = None
+    metadata: dict[str, str] | None = None
+    background: bool | None = None
+    previous_response_id: str | None = None
+    conversation: str | JsonObject | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    repetition_penalty: float | None = None
+
+    def to_chat(self) -> ChatCompletionRequest:
+        """The same question to the chat API. Raises ApiError for what would need a memory of ours."""
+        for name in ("previous_response_id", "conversation", "background"):
+            if getattr(self, name):
+                raise ApiError(
+                    400, f"{name} needs stored responses, and this server stores none; send the whole input", param=name
+                )
+        wants_logprobs = "message.output_text.logprobs" in (self.include or []) or bool(self.top_logprobs)
+        return ChatCompletionRequest(
+            messages=self._messages(),
+            model=self.model,
+            max_completion_tokens=self.max_output_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+            stop=self.stop,
+            ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
+            logprobs=wants_logprobs or None,
+            top_logprobs=self.top_logprobs if wants_logprobs else None,
+            stream=self.stream,
+            tools=[_nested_tool(i, tool) for i, tool in enumerate(self.tools)] if self.tools else None,
+            tool_choice=_nested_choice(self.tool_choice),
+            parallel_tool_calls=self.parallel_tool_calls,
+            response_format=self._response_format(),
+        )
+
+    def _messages(self) -> list[JsonObject]:
+        messages: list[JsonObject] = []
+        if self.instructions:
+            messages.append({"role": "system", "content": self.instructions})
+        if isinstance(self.input, str):
+            return [*messages, {"role": "user", "content": self.input}]
+        for index, item in enumerate(self.input):
+            _add_item(messages, index, item)
+        return messages
+
+    def _response_format(self) -> ResponseFormat | None:
+        asked = self.text.format if self.text is not None else None
+        if asked is None or asked.type == "text":
+            return None
+        schema = JsonSchemaFormat(name=asked.name, schema=asked.schema) if asked.type == "json_schema" else None
+        return ResponseFormat(type=asked.type, json_schema=schema)
+
+
+def _add_item(messages: list[JsonObject], index: int, item: JsonObject) -> None:
+    """An item of the input as a message; calls in a row become one message, as templates expect."""
+    kind = item.get("type", "message")
+    if kind == "message":
+        role = item.get("role")
+        messages.append({"role": "system" if role == "developer" else role, "content": _content(index, item)})
+    elif kind == "function_call":
+        function = {"name": item.get("name"), "arguments": item.get("arguments")}
+        call = {"id": item.get("call_id"), "type": "function", "function": function}
+        if messages and messages[-1].get("tool_calls"):
+            messages[-1]["tool_calls"].append(call)
+        else:
+            messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+    elif kind == "function_call_output":
+        messages.append(
+            {"role": "tool", "tool_call_id": item.get("call_id"), "content": _content(index, item, "output")}
+        )
+    elif kind != "reasoning":
+        raise ApiError(400, f"input[{index}] is of type {kind!r:.80}, which is not implemented", param="input")
+
+
+def _content(index: int, item: JsonObject, key: str = "content") -> Any:
+    content = item.get(key)
+    if not isinstance(content, list):
+        return content
+    for i, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") not in ("input_text", "output_text", "text"):
+            raise ApiError(400, f"input[{index}].{key}[{i}]: only parts of text are implemented", param="input")
+    return [{"type": "text", "text": part.get("text")} for part in content]
+
+
+def _nested_tool(index: int, tool: JsonObject) -> JsonObject:
+    if tool.get("type") != "function":
+        raise ApiError(
+            400, f"tools[{index}] is of type {tool.get('type')!r:.80}; only functions are implemented", param="tools"
+        )
+    return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+
+
+def _nested_choice(choice: str | JsonObject | None) -> str | JsonObject | None:
+    if isinstance(choice, dict) and choice.get("type") == "function":
+        return {"type": "function", "function": {"name": choice.get("name")}}
+    return choice
+
+
+class ResponsesCall(ChatCall):
+    """One call, checked. What runs is a chat; what is told are items."""
+
+    def __init__(self, front: Front, body: ResponsesRequest, size: int) -> None:
+        super().__init__(front, body.to_chat(), size)
+        self._asked = body
+        self.id = f"resp_{uuid.uuid4().hex}"
+
+    async def whole(self, generation: ObservedGeneration) -> bytes:
+        async for _, output in generation:
+            raise_if_failed(output)
+            (completion,) = output.outputs
+        items = _Items(self)
+        for _ in items.events(completion):
+            pass
+        return encode_json(self._response(items, completion.finish_reason, generation))
+
+    def _response(self, items: "_Items | None", reason: str | None, generation: ObservedGeneration) -> dict[str, Any]:
+        """The response object: in progress without items."""
+        asked, is_cut = self._asked, reason == "length"
+        status = "in_progress" if items is None else "incomplete" if is_cut else "completed"
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created,
+            "status": status,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+            "instructions": asked.instructions,
+            "max_output_tokens": asked.max_output_tokens,
+            "metadata": asked.metadata or {},
+            "model": self.front.model_name,
+            "output": [] if items is None else items.done,
+            "parallel_tool_calls": asked.parallel_tool_calls is not False,
+            "previous_response_id": None,
+            "store": False,
+            "temperature": self.params.temperature,
+            "text": {"format": asked.text.format if asked.text and asked.text.format else {"type": "text"}},
+            "tool_choice": asked.tool_choice or "auto",
+            "tools": asked.tools or [],
+            "top_p": self.params.top_p,
+            "truncation": "disabled",
+            "usage": None if items is None else _usage(generation),
+        }
+
+    async def frames(self, generation: ObservedGeneration) -> AsyncGenerator[bytes, None]:
+        items, reason = _Items(self), None
+        try:
+            yield items.frame("response.created", response=self._response(None, None, generation))
+            yield items.frame("response.in_progress", response=self._response(None, None, generation))
+            async for _, output in generation:
+                raise_if_failed(output)
+                for completion in output.outputs:
+                    reason = completion.finish_reason
+                    for frame in items.events(completion):
+                        yield frame
+            kind = "response.incomplete" if reason == "length" else "response.completed"
+            yield items.frame(kind, response=self._response(items, reason, generation))
+        except ApiError as error:
+            cause = msgspec.json.decode(error_body(error))["error"]
+            failed = self._response(items, None, generation) | {"status": "failed", "error": cause}
+            yield items.frame("response.failed", response=failed)
+        finally:
+            generation.close()
+
+
+class _Items:
+    """The output items so far, and the events that tell them. At most one item is open at a time."""
+
+    def __init__(self, call: ResponsesCall) -> None:
+        self.done: list[dict[str, Any]] = []
+        self._call = call
+        self._answer = Answer(call.tools)
+        self._open: dict[str, Any] | None = None
+        self._sequence_number = 0
+
+    def frame(self, kind: str, **fields: Any) -> bytes:
+        data = {"type": kind, "sequence_number": self._sequence_number, **fields}
+        self._sequence_number += 1
+        return b"event: " + kind.encode() + b"\ndata: " + encode_json(data) + b"\n\n"
+
+    def events(self, completion: CompletionOutput) -> Iterator[bytes]:
+        """What a part of the completion, or all of it, brings."""
+        logprobs = self._call.logprobs(completion)
+        tokens = logprobs["content"] if logprobs else []
+        for event in self._answer.feed(completion.text, is_last=completion.finished):
+            if isinstance(event, TextDelta):
+                yield from self._on_text(event.text, tokens)
+                tokens = []
+            else:
+                yield from self._on_call(event)
+        if completion.finished:
+            if not self.done and self._open is None:
+                yield from self._open_message()
+            yield from self._close("incomplete" if completion.finish_reason == "length" else "completed")
+
+    def _on_text(self, text: str, tokens: list[dict[str, Any]]) -> Iterator[bytes]:
+        if self._open is None or self._open["type"] != "message":
+            yield from self._close("completed")
+            yield from self._open_message()
+        assert self._open is not None
+        part = self._open["content"][0]
+        part["text"] += text
+        part["logprobs"] += tokens
+        yield self.frame("response.output_text.delta", **self._where(), content_index=0, delta=text, logprobs=tokens)
+
+    def _on_call(self, event: ToolEvent) -> Iterator[bytes]:
+        if isinstance(event, ToolCallStart):
+            yield from self._close("completed")
+            call: ToolCall = self._answer.calls[event.index]
+            self._open = {
+                "type": "function_call",
+                "id": f"fc_{uuid.uuid4().hex}",
+                "call_id": call.call_id,
+                "name": call.name,
+                "arguments": "",
+                "status": "in_progress",
+            }
+            yield self.frame("response.output_item.added", output_index=len(self.done), item=self._open)
+        elif not isinstance(event, TextDelta):
+            assert self._open is not None
+            self._open["arguments"] += event.delta
+            yield self.frame("response.function_call_arguments.delta", **self._where(), delta=event.delta)
+
+    def _open_message(self) -> Iterator[bytes]:
+        part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        item = {"type": "message", "id": f"msg_{uuid.uuid4().hex}", "role": "assistant", "status": "in_progress"}
+        yield self.frame("response.output_item.added", output_index=len(self.done), item=item | {"content": []})
+        self._open = item | {"content": [part]}
+        yield self.frame("response.content_part.added", **self._where(), content_index=0, part=part)
+
+    def _close(self, status: str) -> Iterator[bytes]:
+        """End the open item, if there is one."""
+        if (item := self._open) is None:
+            return
+        item["status"] = status
+        where = self._where()
+        if item["type"] == "message":
+            part = item["content"][0]
+            text, logprobs = part["text"], part["logprobs"]
+            yield self.frame("response.output_text.done", **where, content_index=0, text=text, logprobs=logprobs)
+            yield self.frame("response.content_part.done", **where, content_index=0, part=part)
+        else:
+            arguments = item["arguments"]
+            yield self.frame("response.function_call_arguments.done", **where, name=item["name"], arguments=arguments)
+        yield self.frame("response.output_item.done", output_index=len(self.done), item=item)
+        self.done.append(item)
+        self._open = None
+
+    def _where(self) -> dict[str, Any]:
+        assert self._open is not None
+        return {"item_id": self._open["id"], "output_index": len(self.done)}
+
+
+def _usage(generation: ObservedGeneration) -> dict[str, Any]:
+    usage: dict[str, Any] = generation.usage()
+    return {
+        "input_tokens": usage["prompt_tokens"],
+        "input_tokens_details": usage["prompt_tokens_details"],
+        "output_tokens": usage["completion_tokens"],
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": usage["total_tokens"],
+    }
