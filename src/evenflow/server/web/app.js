@@ -2,7 +2,7 @@
 
 import { getJson } from "./api.js";
 import { Playground } from "./chat.js";
-import { byId, load, save, setText } from "./dom.js";
+import { byId, load, on, save, setText } from "./dom.js";
 import { LiveView } from "./live.js";
 import { Settings } from "./settings.js";
 import { hideTooltip, listen } from "./tokens.js";
@@ -15,59 +15,59 @@ const playground = new Playground(new Settings(), connect);
 let isConnecting = false;
 
 function showView() {
-  const asked = location.hash.slice(1);
-  const shown = VIEWS.includes(asked) ? asked : VIEWS[0];
-  for (const view of VIEWS) byId(view).hidden = view !== shown;
-  for (const link of document.querySelectorAll("nav a")) {
-    if (link.hash === `#${shown}`) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
-  }
-  document.title = shown === "live" ? "Live · Evenflow" : "Evenflow";
-  hideTooltip();
-  window.scrollTo(0, 0);
-  live.setShown(shown === "live");
+	const asked = location.hash.slice(1);
+	const shown = VIEWS.includes(asked) ? asked : VIEWS[0];
+	for (const view of VIEWS) byId(view).hidden = view !== shown;
+	for (const link of document.querySelectorAll("nav a")) {
+		if (link.hash === `#${shown}`) link.setAttribute("aria-current", "page");
+		else link.removeAttribute("aria-current");
+	}
+	document.title = shown === "live" ? "Live · Evenflow" : "Evenflow";
+	hideTooltip();
+	window.scrollTo(0, 0);
+	live.setShown(shown === "live");
 }
 
 // The theme follows the system until somebody chooses.
 function showTheme() {
-  const system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-  const theme = load("theme", (value) => ["light", "dark"].includes(value)) ?? system;
-  document.documentElement.dataset.theme = theme;
-  byId("theme").setAttribute("aria-pressed", String(theme === "dark"));
-  live.drawCanvases();
+	const system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+	const theme = load("theme", (value) => ["light", "dark"].includes(value)) ?? system;
+	document.documentElement.dataset.theme = theme;
+	byId("theme").setAttribute("aria-pressed", String(theme === "dark"));
+	live.drawCanvases();
 }
 
 function toggleTheme() {
-  save("theme", document.documentElement.dataset.theme === "dark" ? "light" : "dark");
-  showTheme();
+	save("theme", document.documentElement.dataset.theme === "dark" ? "light" : "dark");
+	showTheme();
 }
 
 function setModel(state, name) {
-  byId("model").dataset.state = state;
-  byId("model").title = name;
-  setText(byId("model-name"), name);
+	byId("model").dataset.state = state;
+	byId("model").title = name;
+	setText("model-name", name);
 }
 
 async function connect() {
-  if (isConnecting) return;
-  isConnecting = true;
-  try {
-    const [model] = (await getJson("/v1/models")).data;
-    setModel("ready", model.id);
-    playground.setModel(model);
-  } catch {
-    setModel("lost", "no answer, retrying");
-    setTimeout(connect, RETRY_MS);
-  }
-  isConnecting = false;
+	if (isConnecting) return;
+	isConnecting = true;
+	try {
+		const [model] = (await getJson("/v1/models")).data;
+		setModel("ready", model.id);
+		playground.setModel(model);
+	} catch {
+		setModel("lost", "no answer, retrying");
+		setTimeout(connect, RETRY_MS);
+	}
+	isConnecting = false;
 }
 
-byId("theme").addEventListener("click", toggleTheme);
+on("theme", "click", toggleTheme);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showTheme);
 window.addEventListener("hashchange", showView);
 document.querySelector(".skip").addEventListener("click", (event) => {
-  event.preventDefault(); // its #main would be taken for a view
-  byId("main").focus();
+	event.preventDefault(); // its #main would be taken for a view
+	byId("main").focus();
 });
 listen(byId("conversation"));
 showTheme();

@@ -11,116 +11,116 @@ const MAX_WINDOW_MS = 120_000;
 const PERCENTILES = ["p50", "p90", "p99"];
 
 export class LiveView {
-  constructor() {
-    this.isShown = false;
-    this.history = []; // {atMs, rate, running}, of the last two minutes
-    this.latest = null;
-    this.lastAnswerMs = null;
-    this.timer = null;
-    document.addEventListener("visibilitychange", () => this.wake());
-    new ResizeObserver(() => this.drawCanvases()).observe(byId("cards"));
-  }
+	constructor() {
+		this.isShown = false;
+		this.history = []; // {atMs, rate, running}, of the last two minutes
+		this.latest = null;
+		this.lastAnswerMs = null;
+		this.timer = null;
+		document.addEventListener("visibilitychange", () => this.wake());
+		new ResizeObserver(() => this.drawCanvases()).observe(byId("cards"));
+	}
 
-  setShown(isShown) {
-    this.isShown = isShown;
-    this.wake();
-  }
+	setShown(isShown) {
+		this.isShown = isShown;
+		this.wake();
+	}
 
-  get isWatched() {
-    return this.isShown && document.visibilityState === "visible";
-  }
+	get isWatched() {
+		return this.isShown && document.visibilityState === "visible";
+	}
 
-  wake() {
-    if (!this.isWatched || this.timer !== null) return;
-    this.lastAnswerMs = performance.now(); // what was missed while nobody looked is not the server's silence
-    this.timer = 0;
-    this.poll();
-  }
+	wake() {
+		if (!this.isWatched || this.timer !== null) return;
+		this.lastAnswerMs = performance.now(); // what was missed while nobody looked is not the server's silence
+		this.timer = 0;
+		this.poll();
+	}
 
-  async poll() {
-    const startMs = performance.now();
-    const live = await getJson("/live").catch((error) => this.missed(error));
-    try {
-      if (live) this.take(live);
-    } finally {
-      if (this.isWatched) this.timer = setTimeout(() => this.poll(), Math.max(0, POLL_MS - (performance.now() - startMs)));
-      else this.timer = null;
-    }
-  }
+	async poll() {
+		const startMs = performance.now();
+		const live = await getJson("/live").catch((error) => this.missed(error));
+		try {
+			if (live) this.take(live);
+		} finally {
+			if (this.isWatched) this.timer = setTimeout(() => this.poll(), Math.max(0, POLL_MS - (performance.now() - startMs)));
+			else this.timer = null;
+		}
+	}
 
-  // Told aloud once; the seconds are for the eye.
-  missed(error) {
-    const banner = byId("live-banner");
-    const seconds = Math.max(1, Math.round((performance.now() - this.lastAnswerMs) / 1000));
-    const what = error instanceof Failure ? error.message : `The server stopped answering ${seconds} s ago`;
-    setText(banner, `${what}; retrying`);
-    if (banner.hidden) announce(what);
-    banner.hidden = false;
-    byId("live").classList.add("stale");
-  }
+	// Told aloud once; the seconds are for the eye.
+	missed(error) {
+		const banner = byId("live-banner");
+		const seconds = Math.max(1, Math.round((performance.now() - this.lastAnswerMs) / 1000));
+		const what = error instanceof Failure ? error.message : `The server stopped answering ${seconds} s ago`;
+		setText("live-banner", `${what}; retrying`);
+		if (banner.hidden) announce(what);
+		banner.hidden = false;
+		byId("live").classList.add("stale");
+	}
 
-  take(live) {
-    const nowMs = performance.now();
-    this.latest = live;
-    this.lastAnswerMs = nowMs;
-    this.history.push({ atMs: nowMs, rate: live.output_tokens_per_s ?? 0, running: live.num_running });
-    this.history = this.history.filter(({ atMs }) => atMs > nowMs - MAX_WINDOW_MS);
-    if (!byId("live-banner").hidden) announce("The server answers again");
-    byId("live-banner").hidden = true;
-    byId("live").classList.remove("stale");
-    this.drawFigures(live);
-    this.drawCanvases();
-  }
+	take(live) {
+		const nowMs = performance.now();
+		this.latest = live;
+		this.lastAnswerMs = nowMs;
+		this.history.push({ atMs: nowMs, rate: live.output_tokens_per_s ?? 0, running: live.num_running });
+		this.history = this.history.filter(({ atMs }) => atMs > nowMs - MAX_WINDOW_MS);
+		if (!byId("live-banner").hidden) announce("The server answers again");
+		byId("live-banner").hidden = true;
+		byId("live").classList.remove("stale");
+		this.drawFigures(live);
+		this.drawCanvases();
+	}
 
-  drawFigures(live) {
-    const about = [live.model, `Evenflow ${live.version}`, `up ${duration(live.uptime_s)}`];
-    if (live.state !== "ready") about.unshift(live.state);
-    setText(byId("live-about"), about.join(" · "));
-    setText(byId("output-rate"), rate(live.output_tokens_per_s));
-    setText(byId("output-foot"), `prompts ${rate(live.prompt_tokens_per_s)} tokens/s`);
-    setText(byId("running"), count(live.num_running));
-    setText(byId("waiting"), count(live.num_waiting));
-    const { completed, aborted, failed } = live.num_requests;
-    setText(byId("requests-foot"), `${count(completed)} completed, ${count(aborted)} aborted, ${count(failed)} failed`);
-    for (const kind of ["ttft", "itl"]) {
-      for (const name of PERCENTILES) setText(byId(`${kind}-${name}`), latency(live[`${kind}_ms`]?.[name]));
-    }
-    const { queries, hits } = live.prefix;
-    setText(byId("hit-rate"), queries ? `${Math.round((100 * hits) / queries)}%` : "–");
-    setText(byId("hit-foot"), queries ? `${count(hits)} of ${count(queries)} tokens` : "no prompt yet");
-    setText(byId("preemptions"), count(live.num_preemptions));
-    this.drawCache(live.kv);
-  }
+	drawFigures(live) {
+		const about = [live.model, `Evenflow ${live.version}`, `up ${duration(live.uptime_s)}`];
+		if (live.state !== "ready") about.unshift(live.state);
+		setText("live-about", about.join(" · "));
+		setText("output-rate", rate(live.output_tokens_per_s));
+		setText("output-foot", `prompts ${rate(live.prompt_tokens_per_s)} tokens/s`);
+		setText("running", count(live.num_running));
+		setText("waiting", count(live.num_waiting));
+		const { completed, aborted, failed } = live.num_requests;
+		setText("requests-foot", `${count(completed)} completed, ${count(aborted)} aborted, ${count(failed)} failed`);
+		for (const kind of ["ttft", "itl"]) {
+			for (const name of PERCENTILES) setText(`${kind}-${name}`, latency(live[`${kind}_ms`]?.[name]));
+		}
+		const { queries, hits } = live.prefix;
+		setText("hit-rate", queries ? `${Math.round((100 * hits) / queries)}%` : "–");
+		setText("hit-foot", queries ? `${count(hits)} of ${count(queries)} tokens` : "no prompt yet");
+		setText("preemptions", count(live.num_preemptions));
+		this.drawCache(live.kv);
+	}
 
-  drawCache(kv) {
-    const share = kv.num_blocks ? Math.round((100 * kv.num_used) / kv.num_blocks) : 0;
-    setText(byId("kv-used"), `${share}%`);
-    const free = kv.num_blocks - kv.num_used - kv.num_cached;
-    const perCell = kv.blocks_per_cell > 1 ? ` A cell is ${kv.blocks_per_cell} blocks.` : "";
-    const shared = kv.map && kv.blocks_per_cell === 1 ? `, ${count(kv.map.split("3").length - 1)} of them shared` : "";
-    setText(
-      byId("kv-summary"),
-      `${count(kv.num_used)} of ${count(kv.num_blocks)} blocks held${shared}; ${count(kv.num_cached)} cached, ${count(free)} free. ` +
-        `A block is ${kv.block_size} tokens.${perCell}`,
-    );
-    byId("kv-map").hidden = !kv.map;
-  }
+	drawCache(kv) {
+		const share = kv.num_blocks ? (100 * kv.num_used) / kv.num_blocks : 0;
+		setText("kv-used", `${figure(share)}%`);
+		const free = kv.num_blocks - kv.num_used - kv.num_cached;
+		const perCell = kv.blocks_per_cell > 1 ? ` A cell is ${kv.blocks_per_cell} blocks.` : "";
+		const shared = kv.map && kv.blocks_per_cell === 1 ? `, ${count(kv.map.split("3").length - 1)} of them shared` : "";
+		setText(
+			"kv-summary",
+			`${count(kv.num_used)} of ${count(kv.num_blocks)} blocks held${shared}; ${count(kv.num_cached)} cached, ${count(free)} free. ` +
+				`A block is ${kv.block_size} tokens.${perCell}`,
+		);
+		byId("kv-map").hidden = !kv.map;
+	}
 
-  drawCanvases() {
-    if (!this.latest || !this.isShown) return;
-    const nowMs = this.lastAnswerMs;
-    const windowMs = Math.max(MIN_WINDOW_MS, nowMs - this.history[0].atMs);
-    const seconds = Math.round(windowMs / 1000);
-    for (const [name, show] of [["rate", rate], ["running", count]]) {
-      const points = this.history.map((entry) => ({ ageMs: nowMs - entry.atMs, value: entry[name] }));
-      const peak = `peak ${show(Math.max(...points.map(({ value }) => value)))} in ${seconds} s`;
-      const canvas = byId(`${name}-spark`);
-      drawSpark(canvas, points, windowMs);
-      setText(byId(`${name}-peak`), peak);
-      canvas.setAttribute("aria-label", `${canvas.dataset.of}: ${show(points.at(-1).value)} now, ${peak}`);
-    }
-    if (this.latest.kv.map) drawMap(byId("kv-map"), this.latest.kv.map, [0, 1, 2, 3].map((state) => document.querySelector(`.cell.c${state}`)));
-  }
+	drawCanvases() {
+		if (!this.latest || !this.isShown) return;
+		const nowMs = this.lastAnswerMs;
+		const windowMs = Math.max(MIN_WINDOW_MS, nowMs - this.history[0].atMs);
+		const seconds = Math.round(windowMs / 1000);
+		for (const [name, show] of [["rate", rate], ["running", count]]) {
+			const points = this.history.map((entry) => ({ ageMs: nowMs - entry.atMs, value: entry[name] }));
+			const peak = `peak ${show(Math.max(...points.map(({ value }) => value)))} in ${seconds} s`;
+			const canvas = byId(`${name}-spark`);
+			drawSpark(canvas, points, windowMs);
+			setText(`${name}-peak`, peak);
+			canvas.setAttribute("aria-label", `${canvas.dataset.of}: ${show(points.at(-1).value)} now, ${peak}`);
+		}
+		if (this.latest.kv.map) drawMap(byId("kv-map"), this.latest.kv.map, [0, 1, 2, 3].map((state) => document.querySelector(`.cell.c${state}`)));
+	}
 }
 
 const count = (value) => value.toLocaleString("en");
@@ -131,9 +131,9 @@ const rate = (value) => (value == null ? "–" : figure(value));
 const latency = (value) => (value == null ? "–" : milliseconds(value));
 
 export function duration(seconds) {
-  const units = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]];
-  const at = Math.max(0, units.findIndex(([, size]) => seconds >= size));
-  const [[name, size], next] = seconds < 1 ? [["s", 1]] : [units[at], units[at + 1]];
-  const rest = next ? Math.floor((seconds % size) / next[1]) : 0;
-  return `${Math.floor(seconds / size)} ${name}` + (rest ? ` ${rest} ${next[0]}` : "");
+	const units = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]];
+	const at = Math.max(0, units.findIndex(([, size]) => seconds >= size));
+	const [[name, size], next] = seconds < 1 ? [["s", 1]] : [units[at], units[at + 1]];
+	const rest = next ? Math.floor((seconds % size) / next[1]) : 0;
+	return `${Math.floor(seconds / size)} ${name}` + (rest ? ` ${rest} ${next[0]}` : "");
 }
