@@ -44,7 +44,6 @@ export class Answer {
 	begin() {
 		this.isWriting = true;
 		this.element.classList.add("writing");
-		this.body.setAttribute("aria-busy", "true");
 		this.footer.replaceChildren();
 	}
 
@@ -62,7 +61,6 @@ export class Answer {
 		this.frame = 0;
 		this.isWriting = false;
 		this.element.classList.remove("writing");
-		this.body.removeAttribute("aria-busy");
 		this.draw(true);
 		this.drawFooter();
 	}

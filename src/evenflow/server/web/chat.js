@@ -14,8 +14,8 @@ const DEMO_CHIPS = [
 ];
 
 const WORDS = {
-	chat: { label: "Message", hint: "Enter sends, Shift + Enter starts a line, Esc stops.", placeholder: "Write a message", send: "Send" },
-	text: { label: "Text to continue", hint: "Ctrl + Enter continues the text, Esc stops.", placeholder: "Write a beginning", send: "Continue" },
+	chat: { hint: "Enter sends, Shift + Enter starts a line, Esc stops.", placeholder: "Write a message", send: "Send" },
+	text: { hint: "Ctrl + Enter continues the text, Esc stops.", placeholder: "Write a beginning", send: "Continue" },
 };
 
 export class Playground {
@@ -81,7 +81,7 @@ export class Playground {
 		byId("playground").dataset.mode = mode;
 		byId("system-field").hidden = mode === "text";
 		const words = WORDS[mode];
-		setText("prompt-label", words.label);
+		setText("prompt-label", words.placeholder);
 		setText("composer-hint", words.hint);
 		byId("prompt").placeholder = words.placeholder;
 		this.draw();

@@ -8,7 +8,6 @@ import { announce, byId, setText } from "./dom.js";
 const POLL_MS = 1000;
 const MIN_WINDOW_MS = 30_000;
 const MAX_WINDOW_MS = 120_000;
-const PERCENTILES = ["p50", "p90", "p99"];
 
 export class LiveView {
 	constructor() {
@@ -76,19 +75,23 @@ export class LiveView {
 		const about = [live.model, `Evenflow ${live.version}`, `up ${duration(live.uptime_s)}`];
 		if (live.state !== "ready") about.unshift(live.state);
 		setText("live-about", about.join(" · "));
-		setText("output-rate", rate(live.output_tokens_per_s));
-		setText("output-foot", `prompts ${rate(live.prompt_tokens_per_s)} tokens/s`);
-		setText("running", count(live.num_running));
-		setText("waiting", count(live.num_waiting));
 		const { completed, aborted, failed } = live.num_requests;
-		setText("requests-foot", `${count(completed)} completed, ${count(aborted)} aborted, ${count(failed)} failed`);
-		for (const kind of ["ttft", "itl"]) {
-			for (const name of PERCENTILES) setText(`${kind}-${name}`, latency(live[`${kind}_ms`]?.[name]));
-		}
 		const { queries, hits } = live.prefix;
-		setText("hit-rate", queries ? `${Math.round((100 * hits) / queries)}%` : "–");
-		setText("hit-foot", queries ? `${count(hits)} of ${count(queries)} tokens` : "no prompt yet");
-		setText("preemptions", count(live.num_preemptions));
+		const figures = {
+			"output-rate": rate(live.output_tokens_per_s),
+			"output-foot": `prompts ${rate(live.prompt_tokens_per_s)} tokens/s`,
+			running: count(live.num_running),
+			waiting: count(live.num_waiting),
+			"requests-foot": `${count(completed)} completed, ${count(aborted)} aborted, ${count(failed)} failed`,
+			"hit-rate": queries ? `${Math.round((100 * hits) / queries)}%` : "–",
+			"hit-foot": queries ? `${count(hits)} of ${count(queries)} tokens` : "no prompt yet",
+			preemptions: count(live.num_preemptions),
+		};
+		for (const [id, text] of Object.entries(figures)) setText(id, text);
+		for (const name of ["p50", "p90", "p99"]) {
+			setText(`ttft-${name}`, latency(live.ttft_ms[name]));
+			setText(`itl-${name}`, latency(live.itl_ms[name]));
+		}
 		this.drawCache(live.kv);
 	}
 
@@ -130,10 +133,8 @@ const rate = (value) => (value == null ? "–" : figure(value));
 
 const latency = (value) => (value == null ? "–" : milliseconds(value));
 
-export function duration(seconds) {
-	const units = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]];
-	const at = Math.max(0, units.findIndex(([, size]) => seconds >= size));
-	const [[name, size], next] = seconds < 1 ? [["s", 1]] : [units[at], units[at + 1]];
-	const rest = next ? Math.floor((seconds % size) / next[1]) : 0;
-	return `${Math.floor(seconds / size)} ${name}` + (rest ? ` ${rest} ${next[0]}` : "");
+// 3 d 01:02:03
+function duration(seconds) {
+	const days = Math.floor(seconds / 86400);
+	return (days ? `${days} d ` : "") + new Date((seconds % 86400) * 1000).toISOString().slice(11, 19);
 }

@@ -101,5 +101,5 @@ function numberField([name, label, min, max, step, hint]) {
 function stopField() {
 	return node("div", { class: "field" }, node("label", { for: "set-stop" }, "Stop strings"),
 		node("textarea", { id: "set-stop", rows: 2, placeholder: "None", "aria-describedby": "set-stop-hint" }),
-		node("p", { class: "hint", id: "set-stop-hint" }, `One a line, at most ${MAX_STOPS}. The answer ends before the first that appears.`));
+		node("p", { class: "hint", id: "set-stop-hint" }, `One a line, at most ${MAX_STOPS}. The answer ends before them.`));
 }
