@@ -33,7 +33,8 @@ def open_live(open_page: Any, **options: Any) -> Any:
 
 
 def test_the_figures(open_page: Any, script: Script) -> None:
-    page = open_live(open_page)
+    page = open_live(open_page, height=400)
+    assert page.evaluate("scrollY") == 0  # the browser goes to #live, and the header must not lie on it
     figures = {
         "#live-about": "demo · Evenflow 0.1.0 · up 01:02:03",
         "#output-rate": "1,234",

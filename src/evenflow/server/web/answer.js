@@ -97,7 +97,8 @@ export class Answer {
 		if (record.failure) parts.push(this.failure(record.failure));
 		else if (isEmpty && record.ending) parts.push(node("p", { class: "hint" }, "The answer is empty."));
 		const stats = record.stats ? describe(record) : [];
-		const line = node("div", { class: "line" }, node("p", { class: "stats" }, ...stats.map((part) => node("span", {}, part))));
+		const numbers = stats.map((part) => node("span", {}, part));
+		const line = node("div", { class: "line" }, node("p", { class: "stats" }, ...numbers));
 		const actions = this.actions.filter((action) => action.isShown(record)).map((action) => button(action.label, action.run));
 		if (!isEmpty) actions.unshift(copyButton(() => record.text));
 		if (actions.length) line.append(node("div", { class: "actions" }, ...actions));

@@ -99,13 +99,8 @@ function bytesOf(name) {
 }
 
 async function refusal(response) {
-	let error = {};
-	try {
-		error = (await response.json()).error ?? {};
-	} catch {
-		// not ours: a proxy's page, for example
-	}
-	return explain({ message: `The server answered ${response.status} ${response.statusText}`.trim(), ...error }, response.status);
+	const body = await response.json().catch(() => ({})); // not ours: a proxy's page, for example
+	return explain({ message: `The server answered ${response.status}`, ...body.error }, response.status);
 }
 
 const ADVICE = {
@@ -119,9 +114,9 @@ function explain(error, status) {
 	const message = sentence(error.message ?? "The server reported an error");
 	if (ADVICE[status]) return new Failure(message, ADVICE[status], error.param);
 	if (/max_model_len|context/.test(message)) {
-		return new Failure(message, "Shorten the text, or clear what came before.", null);
+		return new Failure(message, "Shorten the text, or clear what came before.");
 	}
-	if (status < 500) return new Failure(message, error.param ? "Change it and try again." : "Change the request and try again.", error.param);
+	if (status < 500) return new Failure(message, "Change it and try again.", error.param);
 	return new Failure(message, "Try again. If it stays so, the server's log has the cause.");
 }
 

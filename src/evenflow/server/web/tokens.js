@@ -57,12 +57,12 @@ export function tokenSpan({ text, tokens }, isFirst) {
 	return span;
 }
 
-export function level(tokens) {
+function level(tokens) {
 	const probability = Math.exp(Math.min(...tokens.map((token) => token.logprob ?? 0)));
 	return [0.9, 0.5, 0.2, 0.05].filter((bound) => probability < bound).length;
 }
 
-export function percent(logprob) {
+function percent(logprob) {
 	const value = 100 * Math.exp(logprob);
 	if (value > 99.95 && value < 100) return ">99.9%";
 	if (value < 0.1) return "<0.1%";
@@ -70,7 +70,7 @@ export function percent(logprob) {
 }
 
 // Spaces and line ends as something that can be seen.
-export const visible = (text) => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replace(/^ | $/g, "␣") || "(nothing)";
+const visible = (text) => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replace(/^ | $/g, "␣") || "(nothing)";
 
 function tooltipRows(token) {
 	const isChosen = ({ text, logprob }) => text === token.text && logprob === token.logprob; // two tokens can read the same
