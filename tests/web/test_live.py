@@ -1,5 +1,6 @@
 """The live view, and what both views share: themes, widths, and the policy."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,13 @@ def test_a_server_without_a_number_yet(open_page: Any, script: Script) -> None:
     none = {"p50": None, "p90": None, "p99": None}
     kv = {"num_blocks": 0, "block_size": 16, "num_used": 0, "num_cached": 0}
     script.live = lambda: live_state(
-        state="starting", uptime_s=0.2, output_tokens_per_s=0.0, prefix={"queries": 0, "hits": 0}, kv=kv, ttft_ms=none, itl_ms=none
+        state="starting",
+        uptime_s=0.2,
+        output_tokens_per_s=0.0,
+        prefix={"queries": 0, "hits": 0},
+        kv=kv,
+        ttft_ms=none,
+        itl_ms=none,
     )
     page = open_live(open_page)
     assert page.inner_text("#live-about") == "starting · demo · Evenflow 0.1.0 · up 00:00:00"
@@ -106,7 +113,7 @@ def test_silence_is_told_and_ends(open_page: Any, script: Script) -> None:
     page.watch.allows_refusals = True
     script.is_live_up = False
     page.wait_for_selector("#live-banner:not([hidden])")
-    page.wait_for_function(r"() => /^The server stopped answering [2-9] s ago; retrying$/.test(document.querySelector('#live-banner').textContent)")
+    page.get_by_text(re.compile(r"^The server stopped answering [2-9] s ago; retrying$")).wait_for()
     assert page.inner_text("#announce") == "The server stopped answering 1 s ago"
     assert page.inner_text("#running") == "3"  # what was known last
     script.is_live_up = True
@@ -144,7 +151,18 @@ def test_the_theme_follows_the_system_until_chosen(open_page: Any, system: str) 
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize(("text", "paper"), [("--ink", "--paper"), ("--soft", "--paper"), ("--soft", "--raised"), ("--soft", "--sunk"), ("--accent", "--paper"), ("--on-accent", "--accent"), ("--bad", "--raised")])
+@pytest.mark.parametrize(
+    ("text", "paper"),
+    [
+        ("--ink", "--paper"),
+        ("--soft", "--paper"),
+        ("--soft", "--raised"),
+        ("--soft", "--sunk"),
+        ("--accent", "--paper"),
+        ("--on-accent", "--accent"),
+        ("--bad", "--raised"),
+    ],
+)
 def test_text_has_contrast(open_page: Any, theme: str, text: str, paper: str) -> None:
     """WCAG 2.2's contrast of at least 4.5, by its own formula."""
     page = open_page(color_scheme=theme)
@@ -160,7 +178,10 @@ def test_text_has_contrast(open_page: Any, theme: str, text: str, paper: str) ->
         for name in (text, paper)
     ]
     luminances = [
-        sum(weight * (c / 3294.6 if c <= 10.31475 else ((c / 255 + 0.055) / 1.055) ** 2.4) for weight, c in zip((0.2126, 0.7152, 0.0722), colour, strict=True))
+        sum(
+            weight * (c / 3294.6 if c <= 10.31475 else ((c / 255 + 0.055) / 1.055) ** 2.4)
+            for weight, c in zip((0.2126, 0.7152, 0.0722), colour, strict=True)
+        )
         for colour in rgb
     ]
     assert (max(luminances) + 0.05) / (min(luminances) + 0.05) >= 4.5
@@ -197,7 +218,9 @@ def test_motion_is_left_out_where_it_is_not_wanted(open_page: Any, script: Scrip
     page.fill("#prompt", "Hello")
     page.press("#prompt", "Enter")
     page.wait_for_selector(".writing")
-    assert page.evaluate("getComputedStyle(document.querySelector('.writing .text'), '::after').animationName") == "none"
+    assert (
+        page.evaluate("getComputedStyle(document.querySelector('.writing .text'), '::after').animationName") == "none"
+    )
 
 
 def test_the_page_waits_for_a_server_that_starts(open_page: Any, script: Script) -> None:
@@ -213,7 +236,9 @@ def test_the_page_waits_for_a_server_that_starts(open_page: Any, script: Script)
 def test_the_policy_is_enforced(open_page: Any, script: Script) -> None:
     """The other tests rely on it: an inline script must be refused, and be seen as a problem."""
     page = open_page()
-    page.evaluate("document.head.append(Object.assign(document.createElement('script'), { textContent: 'window.ran = 1' }))")
+    page.evaluate(
+        "document.head.append(Object.assign(document.createElement('script'), { textContent: 'window.ran = 1' }))"
+    )
     assert page.evaluate("window.ran") is None
     assert len(page.watch.problems) == 1
     assert "Content Security Policy" in page.watch.problems.pop()

@@ -193,7 +193,10 @@ def test_try_again_asks_the_same(open_page: Any, script: Script) -> None:
 
 def test_raw_text_is_continued_and_goes_on(open_page: Any, script: Script) -> None:
     script.model = {"id": "other"}
-    script.chunks = [text_chunk(", there", [(",", -0.1), (" there", -1.0)]), text_chunk(" was", [(" was", -0.2)], "length")]
+    script.chunks = [
+        text_chunk(", there", [(",", -0.1), (" there", -1.0)]),
+        text_chunk(" was", [(" was", -0.2)], "length"),
+    ]
     page = open_page()
     page.click("text=Raw text")
     page.fill("#prompt", "Once upon a time")
@@ -211,7 +214,10 @@ def test_raw_text_is_continued_and_goes_on(open_page: Any, script: Script) -> No
 
 def test_tokens_show_their_alternatives_on_hover_focus_and_tap(open_page: Any, script: Script) -> None:
     best = [(" a", math.log(0.6)), (" the", math.log(0.25)), ("\n", math.log(0.0004))]
-    script.chunks = [chat_chunk("Once", [token("Once", -0.001)]), chat_chunk(" the", [token(" the", math.log(0.25), best)])]
+    script.chunks = [
+        chat_chunk("Once", [token("Once", -0.001)]),
+        chat_chunk(" the", [token(" the", math.log(0.25), best)]),
+    ]
     page = open_page(has_touch=True)
     ask_and_wait(page)
     assert page.locator(".answer .token").count() == 0
@@ -243,7 +249,12 @@ def test_a_token_that_is_not_among_the_best_is_listed_too(open_page: Any, script
 def test_tokens_that_are_parts_of_a_character_are_joined(open_page: Any, script: Script) -> None:
     wolf = "🐺".encode()
     parts = [token(wolf[:2]), token(wolf[2:3]), token(wolf[3:])]
-    script.chunks = [chat_chunk("A", [token("A")]), chat_chunk("", parts[:2]), chat_chunk("🐺", parts[2:]), chat_chunk("!", [token("!")])]
+    script.chunks = [
+        chat_chunk("A", [token("A")]),
+        chat_chunk("", parts[:2]),
+        chat_chunk("🐺", parts[2:]),
+        chat_chunk("!", [token("!")]),
+    ]
     page = open_page()
     page.check("#show-tokens")
     ask_and_wait(page)
@@ -274,7 +285,9 @@ ALIGNMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("tokens", "text", "spans"), [case[1:] for case in ALIGNMENTS], ids=[case[0] for case in ALIGNMENTS])
+@pytest.mark.parametrize(
+    ("tokens", "text", "spans"), [case[1:] for case in ALIGNMENTS], ids=[case[0] for case in ALIGNMENTS]
+)
 @pytest.mark.parametrize("is_streamed", [False, True])
 def test_tokens_are_laid_over_the_text(
     open_page: Any, tokens: list[str], text: str, spans: list[tuple[str, int]], is_streamed: bool
@@ -295,9 +308,7 @@ def test_tokens_are_laid_over_the_text(
         }""",
         [tokens, text, is_streamed],
     )
-    assert "".join(part for part, _ in found) == text
-    if not is_streamed:
-        assert [tuple(span) for span in found] == spans
+    assert [tuple(span) for span in found] == spans
 
 
 def test_events_are_read_however_the_network_cuts_them(open_page: Any) -> None:
@@ -327,7 +338,10 @@ def test_events_are_read_however_the_network_cuts_them(open_page: Any) -> None:
 
 def test_what_the_model_writes_is_text(open_page: Any, script: Script) -> None:
     evil = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
-    script.chunks = [chat_chunk(evil, [token(evil, -3.0, [(evil, -3.0)])], "stop"), chat_chunk("\n```html\n" + evil + "\n```\n", [])]
+    script.chunks = [
+        chat_chunk(evil, [token(evil, -3.0, [(evil, -3.0)])], "stop"),
+        chat_chunk("\n```html\n" + evil + "\n```\n", []),
+    ]
     script.model = {"id": "<b>demo</b>"}
     page = open_page()
     for shows_tokens in (False, True):
@@ -368,10 +382,15 @@ def test_a_reload_keeps_the_conversation_and_the_settings(open_page: Any, script
     assert page.locator(".turn").count() == 0
 
 
-@pytest.mark.parametrize("stored", ["no json", "null", '{"mode": "chat"}', '{"mode":"chat","chat":[{"question":1}],"text":[]}'])
+@pytest.mark.parametrize(
+    "stored", ["no json", "null", '{"mode": "chat"}', '{"mode":"chat","chat":[{"question":1}],"text":[]}']
+)
 def test_a_broken_store_is_ignored(open_page: Any, script: Script, stored: str) -> None:
     page = open_page()
-    page.evaluate("stored => { for (const key of ['playground', 'settings', 'theme']) localStorage[`evenflow.${key}`] = stored }", stored)
+    page.evaluate(
+        "stored => { for (const key of ['playground', 'settings', 'theme']) localStorage[`evenflow.${key}`] = stored }",
+        stored,
+    )
     page.add_init_script("Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError') }")
     page.reload()
     ask_and_wait(page)

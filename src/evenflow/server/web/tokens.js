@@ -29,23 +29,20 @@ export class Alignment {
 		if (isLast) this.close(this.decoder.decode());
 		const spans = [];
 		while (this.queue.length) {
-			const { text: piece, tokens } = this.queue[0];
 			const rest = text.slice(this.position);
-			const shown = rest.startsWith(piece) ? piece : this.trimmed(piece, rest);
-			if (shown === null && piece.startsWith(rest) && !isLast) break; // its text is still to come
+			if (!rest && !isLast) break;
+			const { text: whole, tokens } = this.queue[0];
+			// Some tokenizers' first token begins with a space that the text does not have.
+			const piece = this.position || rest.startsWith(" ") ? whole : whole.replace(/^ +/, "");
+			const isCut = !rest.startsWith(piece) && piece.startsWith(rest);
+			if (isCut && !isLast) break; // the rest of it is still to come
 			this.queue.shift();
-			const part = shown ?? (piece.startsWith(rest) ? rest : ""); // cut by a stop string, or not shown at all
+			const part = isCut ? rest : rest.startsWith(piece) ? piece : ""; // cut by a stop string; whole; not shown at all
 			if (part) spans.push({ text: part, tokens });
 			this.position += part.length;
 		}
 		if (isLast && this.position < text.length) spans.push({ text: text.slice(this.position), tokens: [] });
 		return spans;
-	}
-
-	// Some tokenizers' first token begins with a space that the text does not have.
-	trimmed(piece, rest) {
-		const bare = piece.trimStart();
-		return this.position === 0 && bare && rest.startsWith(bare) ? bare : null;
 	}
 }
 
