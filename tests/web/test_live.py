@@ -114,7 +114,7 @@ def test_silence_is_told_and_ends(open_page: Any, script: Script) -> None:
     script.is_live_up = False
     page.wait_for_selector("#live-banner:not([hidden])")
     page.get_by_text(re.compile(r"^The server stopped answering [2-9] s ago; retrying$")).wait_for()
-    assert page.inner_text("#announce") == "The server stopped answering 1 s ago"
+    assert re.fullmatch(r"The server stopped answering \d s ago", page.inner_text("#announce"))
     assert page.inner_text("#running") == "3"  # what was known last
     script.is_live_up = True
     page.wait_for_selector("#live-banner", state="hidden")

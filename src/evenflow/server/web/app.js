@@ -13,6 +13,7 @@ const VIEWS = ["playground", "live"];
 const live = new LiveView();
 const playground = new Playground(new Settings(), connect);
 let isConnecting = false;
+let chosenTheme = load("theme", (value) => ["light", "dark"].includes(value));
 
 function showView() {
 	const asked = location.hash.slice(1);
@@ -31,14 +32,15 @@ function showView() {
 // The theme follows the system until somebody chooses.
 function showTheme() {
 	const system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-	const theme = load("theme", (value) => ["light", "dark"].includes(value)) ?? system;
+	const theme = chosenTheme ?? system;
 	document.documentElement.dataset.theme = theme;
 	byId("theme").setAttribute("aria-pressed", String(theme === "dark"));
 	live.drawCanvases();
 }
 
 function toggleTheme() {
-	save("theme", document.documentElement.dataset.theme === "dark" ? "light" : "dark");
+	chosenTheme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
+	save("theme", chosenTheme);
 	showTheme();
 }
 
