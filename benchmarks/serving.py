@@ -180,9 +180,8 @@ def memory(num_requests: int, num_chunks: int) -> dict:
         status, _ = asyncio.run(post(server.port, body, chunk_bytes=1))
         after = server.rss_mb(server.process.pid)
     front, engine = zip(*samples, strict=True)
-    print(
-        f"{num_requests} requests: front {front[0]:.1f} -> {front[-1]:.1f} MB, engine {engine[0]:.1f} -> {engine[-1]:.1f} MB"
-    )
+    for name, found in (("front", front), ("engine", engine)):
+        print(f"{num_requests} requests: {name} {found[0]:.1f} -> {found[-1]:.1f} MB")
     print(f"{num_chunks} one-byte chunks: status {status}, front {before:.1f} -> {after:.1f} MB")
     return {"front_mb": front, "engine_mb": engine, "chunks_status": status, "chunks_mb": [before, after]}
 
