@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import uvloop
 from workload import lengths, prompts
 
 RESULTS = Path(__file__).parent / "results" / "serving.json"
@@ -70,29 +71,45 @@ def serving(*args: str) -> Iterator[Server]:
         server.close()
 
 
+class Exchange(asyncio.Protocol):
+    """One request on a connection of its own; counts the events of its answer, and looks at nothing else."""
+
+    def __init__(self, request: bytes) -> None:
+        self._request = request
+        self._tail = b""
+        self.status = self.num_events = 0
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        if not self.status:
+            self.status = int(data.split(b" ", 2)[1])
+        self.num_events += (self._tail + data).count(b"data: ")
+        self._tail = data[-5:]
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+
 async def post(port: int, body: dict, chunk_bytes: int = 0) -> tuple[int, int]:
-    """(status, number of events) of one request on a connection of its own. chunk_bytes: of a chunked body."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    """(status, number of events) of one request. chunk_bytes: of a chunked body."""
     data = json.dumps(body).encode()
     head = (
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
     )
     if chunk_bytes:
-        writer.write(head + b"Transfer-Encoding: chunked\r\n\r\n")
-        for i in range(0, len(data), chunk_bytes):
-            part = data[i : i + chunk_bytes]
-            writer.write(b"%x\r\n%s\r\n" % (len(part), part))
-            await writer.drain()
-        writer.write(b"0\r\n\r\n")
+        parts = (data[i : i + chunk_bytes] for i in range(0, len(data), chunk_bytes))
+        chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts)
+        request = head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
     else:
-        writer.write(head + b"Content-Length: %d\r\n\r\n" % len(data) + data)
-    status, num_events, tail = 0, 0, b""
-    while part := await reader.read(65536):
-        status = status or int(part.split(b" ", 2)[1])
-        num_events += (tail + part).count(b"data: ") - tail.count(b"data: ")
-        tail = part[-5:]
-    writer.close()
-    return status, num_events
+        request = head + b"Content-Length: %d\r\n\r\n" % len(data) + data
+    loop = asyncio.get_running_loop()
+    _, exchange = await loop.create_connection(lambda: Exchange(request), "127.0.0.1", port)
+    await exchange.ended
+    return exchange.status, exchange.num_events
 
 
 async def run_streams(port: int, requests: list[tuple[list[int], int]], num_streams: int) -> list[tuple[int, int]]:
@@ -129,11 +146,11 @@ def throughput(num_requests: int, num_streams: int, num_rounds: int) -> dict:
             check=True,
         )
         with serving("--max-num-seqs", str(num_streams)) as server:
-            asyncio.run(post(server.port, {"prompt": [5], "max_tokens": 4}))
+            uvloop.run(post(server.port, {"prompt": [5], "max_tokens": 4}))
             pids = server.process.pid, server.engine_pid
             before = [server.cpu_s(pid) for pid in pids]
             start = time.perf_counter()
-            results = asyncio.run(run_streams(server.port, requests, num_streams))
+            results = uvloop.run(run_streams(server.port, requests, num_streams))
             elapsed_s = time.perf_counter() - start
             front_s, engine_s = (server.cpu_s(pid) - b for pid, b in zip(pids, before, strict=True))
         assert all(status == 200 for status, _ in results)
@@ -156,7 +173,7 @@ def streams(num_streams: int) -> dict:
     requests = [([5 + i % 1000, 17], 40) for i in range(num_streams)]
     with serving() as server:
         start = time.perf_counter()
-        results = asyncio.run(run_streams(server.port, requests, num_streams))
+        results = uvloop.run(run_streams(server.port, requests, num_streams))
         elapsed_s = time.perf_counter() - start
     num_ok = sum(status == 200 for status, _ in results)
     print(f"{num_streams} open streams: {num_ok} answered, {num_streams * 40 / elapsed_s:,.0f} tokens/s")
@@ -168,16 +185,16 @@ def memory(num_requests: int, num_chunks: int) -> dict:
     requests = [([5 + i % 3000, 17], 2) for i in range(num_requests)]
     with serving() as server:
         pids = server.process.pid, server.engine_pid
-        asyncio.run(run_streams(server.port, requests[: num_requests // 10], 64))
+        uvloop.run(run_streams(server.port, requests[: num_requests // 10], 64))
         samples = [[server.rss_mb(pid) for pid in pids]]
         for tenth in range(1, 10):
             part = requests[tenth * num_requests // 10 : (tenth + 1) * num_requests // 10]
-            results = asyncio.run(run_streams(server.port, part, 64))
+            results = uvloop.run(run_streams(server.port, part, 64))
             assert all(status == 200 for status, _ in results)
             samples.append([server.rss_mb(pid) for pid in pids])
         before = server.rss_mb(server.process.pid)
         body = {"prompt": "a", "max_tokens": 1, "ignored": "x" * (num_chunks - 60)}
-        status, _ = asyncio.run(post(server.port, body, chunk_bytes=1))
+        status, _ = uvloop.run(post(server.port, body, chunk_bytes=1))
         after = server.rss_mb(server.process.pid)
     front, engine = zip(*samples, strict=True)
     for name, found in (("front", front), ("engine", engine)):

@@ -42,7 +42,7 @@ def add_options(
         flags = ["--" + field.name.replace("_", "-")]
         if field.name == "model":
             flags.insert(0, "-m")
-        settings: dict[str, Any] = {"help": field.metadata["help"], "default": argparse.SUPPRESS}
+        settings: dict[str, Any] = {"help": field.metadata["help"] + _default_text(field), "default": argparse.SUPPRESS}
         settings["dest"] = prefix + field.name
         if isinstance(field.default, bool):
             settings["action"] = argparse.BooleanOptionalAction
@@ -51,6 +51,16 @@ def add_options(
             settings["choices"] = field.metadata["choices"]
             settings["metavar"] = None if field.metadata["choices"] else settings["type"].__name__.upper()
         group.add_argument(*flags, **settings)
+
+
+def _default_text(field: "dataclasses.Field[Any]") -> str:
+    """' (default: 8000)', unless the help says it, or the default decides nothing."""
+    default = (
+        {True: "yes", False: "no"}.get(field.default, field.default)
+        if isinstance(field.default, bool)
+        else field.default
+    )
+    return "" if default is None or "default" in field.metadata["help"] else f" (default: {default})"
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
