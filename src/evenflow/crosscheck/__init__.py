@@ -1,0 +1,5 @@
+"""Checks of the GPU kernels that need no GPU: the compilers for AMD and NVIDIA run anywhere, and tell what they made.
+
+`targets` says which GPUs, `compiling` makes the code, `artefacts` reads it, `gate` judges it, `budgets` remembers how
+long it was. Importing this package imports neither torch nor triton.
+"""
