@@ -9,17 +9,18 @@ import re
 from dataclasses import dataclass
 
 KIB = 1024
+MAX_BLOCKS = 32  # workgroups that a unit holds, on all of them
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One architecture. Amounts marked (simd) are per SIMD on AMD and per SM on NVIDIA, whose SM we take as a whole.
+    """One architecture. A unit is AMD's CU or NVIDIA's SM; its SIMDs are NVIDIA's sub-partitions.
 
-    shared_bytes: limit of one workgroup (LDS, shared memory). shared_per_unit_bytes: what the workgroups of a compute
-    unit or SM share; each takes reserved_bytes on top of its own. num_registers: 32-bit registers (simd), of one lane on
-    AMD, of all threads on NVIDIA; a warp gets them in steps of register_granule, and a lane at most max_registers.
-    max_warps: resident warps (simd). matrix_dtypes: IEEE types (as TTIR spells them) whose dot belongs on the matrix
-    units, whose mnemonics match matrix_pattern.
+    shared_bytes: limit of one workgroup (LDS, shared memory). shared_per_unit_bytes: what the workgroups of a unit
+    share; each takes reserved_bytes on top of its own. num_registers: 32-bit registers that a SIMD has for each lane;
+    a warp gets them in steps of register_granule, at most max_registers. max_warps: resident warps of a SIMD.
+    matrix_dtypes: types, as TTIR spells them, whose dot belongs on the matrix units, even in IEEE precision; their
+    mnemonics match matrix_pattern. fp8_dtype: the native 8-bit float, or None.
     """
 
     arch: str
@@ -37,7 +38,6 @@ class Target:
     num_simds: int
     matrix_pattern: str
     matrix_dtypes: frozenset[str]
-    widest_loads: tuple[str, ...]
     fp8_dtype: str | None
 
     @property
@@ -74,7 +74,6 @@ def _cdna(arch: str, gpus: str, fp8_dtype: str | None, lds_kib: int = 64, lds_gr
         num_simds=4,
         matrix_pattern=r"v_s?mfma",
         matrix_dtypes=LOW_PRECISION | {"f32", "f64"},
-        widest_loads=("global_load_dwordx4", "buffer_load_dwordx4"),
         fp8_dtype=fp8_dtype,
     )
 
@@ -96,7 +95,6 @@ def _rdna(arch: str, gpus: str, fp8_dtype: str | None) -> Target:
         num_simds=2,
         matrix_pattern=r"v_s?wmma",
         matrix_dtypes=LOW_PRECISION,
-        widest_loads=("global_load_b128", "buffer_load_b128"),
         fp8_dtype=fp8_dtype,
     )
 
@@ -111,14 +109,13 @@ def _cuda(arch: str, gpus: str, fp8_dtype: str | None, shared_kib: int) -> Targe
         shared_per_unit_bytes=(shared_kib + 1) * KIB,
         shared_granule_bytes=128,
         reserved_bytes=KIB,
-        num_registers=65536,
+        num_registers=512,
         register_granule=8,
         max_registers=255,
-        max_warps=64,
-        num_simds=1,
+        max_warps=16,
+        num_simds=4,
         matrix_pattern=r"(UTC)?[A-Z]G?MMA\b(?!_)",
         matrix_dtypes=LOW_PRECISION | {"f64"},
-        widest_loads=("LDG.E.128", "LDGSTS.E.BYPASS.128"),
         fp8_dtype=fp8_dtype,
     )
 
@@ -147,16 +144,18 @@ def find_target(arch: str) -> Target:
     raise ValueError(f"target {arch!r} is not known; {hint}Targets are {', '.join(TARGETS)}")
 
 
-def occupancy(target: Target, registers: int, shared_bytes: int, num_warps: int) -> int:
-    """Warps that a SIMD holds at once (AMD), or workgroups that an SM holds (NVIDIA); 0: the kernel cannot start."""
-    if shared_bytes > target.shared_bytes or registers > target.max_registers:
+def occupancy(target: Target, num_registers: int, shared_bytes: int, num_warps: int) -> int:
+    """Warps that a SIMD holds at once, when each has `num_registers` a lane. 0: the kernel cannot start."""
+    if shared_bytes > target.shared_bytes or num_registers > target.max_registers:
         return 0
-    granule = target.register_granule
-    allocated = max(-(-registers // granule), 1) * granule * (1 if target.is_amd else target.warp_size)
+    allocated = max(_round_up(num_registers, target.register_granule), target.register_granule)
     warps = min(target.num_registers // allocated, target.max_warps)
-    granules = -(-shared_bytes // target.shared_granule_bytes)
-    taken = granules * target.shared_granule_bytes + target.reserved_bytes
-    blocks = target.shared_per_unit_bytes // taken if taken else 1 << 30
-    if target.is_amd:
-        return min(warps, max(blocks * num_warps // target.num_simds, min(blocks, 1)))
-    return min(warps // num_warps, blocks, 32)
+    num_blocks = min(warps * target.num_simds // num_warps, MAX_BLOCKS)
+    taken_bytes = _round_up(shared_bytes, target.shared_granule_bytes) + target.reserved_bytes
+    if taken_bytes:
+        num_blocks = min(num_blocks, target.shared_per_unit_bytes // taken_bytes)
+    return -(-num_blocks * num_warps // target.num_simds)
+
+
+def _round_up(amount: int, step: int) -> int:
+    return -(-amount // step) * step
