@@ -1,0 +1,145 @@
+"""The process that compiles: one target each, because triton 3.6 leaks code of one target into the next.
+
+`python -m evenflow.crosscheck.child JOB` reads the pickled job and writes one JSON line per kernel to what was its
+standard output. The parent, `compiling`, survives whatever the compiler does to this process.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from evenflow.crosscheck.artefacts import Code, loads_per_argument, read_amdgcn, read_dots, read_sass
+from evenflow.crosscheck.compiling import Compiled, Job, Resources, stderr_path
+from evenflow.crosscheck.targets import Target, find_target, occupancy
+
+if TYPE_CHECKING:
+    from evenflow.kernels.specializations import Specialization
+
+MAX_ERROR_CHARS = 4000
+
+
+def compile_one(specialization: "Specialization", target: Target) -> Resources:
+    """Compile for `target` and read the result. Raises whatever triton raises."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = find_kernel(specialization.kernel)
+    names = kernel.arg_names
+    constexprs = specialization.constexprs
+    source = ASTSource(
+        fn=kernel,
+        signature={name: "constexpr" if name in constexprs else specialization.signature[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in constexprs.items()},
+        # What the launcher would find at run time; without it, loads stay narrow.
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in specialization.aligned},
+    )
+    made = triton.compile(
+        source,
+        target=GPUTarget(target.backend, target.triton_arch, target.warp_size),
+        options={"num_warps": specialization.num_warps, "num_stages": specialization.num_stages},
+    )
+    code = read_amdgcn(made.asm["amdgcn"]) if target.is_amd else _read_cubin(made.asm["cubin"])
+    shared_bytes = max(made.metadata.shared, code.static_shared_bytes if target.is_amd else 0)
+    arguments = [name for name in names if name not in constexprs]
+    return Resources(
+        registers=code.registers,
+        accumulators=code.accumulators,
+        scalar_registers=code.scalar_registers,
+        spills=code.spills,
+        scratch_bytes=code.scratch_bytes,
+        shared_bytes=shared_bytes,
+        occupancy=occupancy(target, code.registers, shared_bytes, specialization.num_warps),
+        num_instructions=code.num_instructions,
+        matrix={name: count for name, count in code.mnemonics.items() if target.is_matrix(name)},
+        dots=read_dots(made.asm["ttir"]),
+        loads=code.loads,
+        stores=code.stores,
+        argument_loads=loads_per_argument(made.asm["llir"], arguments),
+        code_hash=code.code_hash,
+    )
+
+
+def find_kernel(path: str) -> Any:
+    """The @triton.jit function of "package.module:function"."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+def _read_cubin(cubin: bytes) -> Code:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        sass = _output_of(tools / "nvdisasm", "-c", file.name)
+        usage = _output_of(tools / "cuobjdump", "-res-usage", file.name)
+    return read_sass(sass, usage)
+
+
+def _output_of(tool: Path, *arguments: str) -> str:
+    if not tool.exists():
+        raise FileNotFoundError(f"this build of triton has no {tool.name}; `pip install triton` brings one that does")
+    done = subprocess.run([tool, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{tool.name} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _attempt(specialization: "Specialization", target: Target, stderr: Path) -> Compiled:
+    """Compile with file descriptor 2 in a file: LLVM writes there past Python."""
+    error, resources = "", None
+    with stderr.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    start_s = time.perf_counter()
+    try:
+        resources = compile_one(specialization, target)
+    except Exception as problem:  # whatever it is, it is this kernel's failure, and the others go on
+        error = f"{type(problem).__name__}: {problem}"[-MAX_ERROR_CHARS:]
+    compile_s = time.perf_counter() - start_s
+    sys.stderr.flush()
+    return Compiled(
+        kernel=specialization.kernel,
+        name=specialization.name,
+        target=target.arch,
+        error=error,
+        stderr=stderr.read_text(errors="replace").strip(),
+        compile_s=compile_s,
+        resources=resources,
+    )
+
+
+def _import_all(job: Job) -> None:
+    """Before the first compile, so that what an import prints or costs is no kernel's fault."""
+    import triton.compiler  # noqa: F401
+
+    for path in sorted({specialization.kernel for specialization in job.specializations}):
+        try:
+            find_kernel(path)
+        except Exception:  # noqa: S112 - the kernel that needs it will raise it again, in its own name
+            continue
+
+
+def main(job_path: str) -> None:
+    job: Job = pickle.loads(Path(job_path).read_bytes())
+    target = find_target(job.target)
+    results = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # whatever else is printed is noise, not a result
+    _import_all(job)
+    results.write(b"ready\n")
+    for index, specialization in enumerate(job.specializations):
+        compiled = _attempt(specialization, target, stderr_path(job_path, index))
+        results.write(msgspec.json.encode(compiled) + b"\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
