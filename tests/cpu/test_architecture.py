@@ -64,7 +64,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "plan": {"config", "model_config", "model_files", "platforms"},
     "doctor": {"platforms", "demo"},
-    "cli": {"llm", "engine", "plan", "doctor", "config", "platforms", "request", "sampling_params"},
+    "crosscheck": {"kernels", "platforms"},
+    "cli": {"llm", "engine", "plan", "doctor", "crosscheck", "kernels", "config", "platforms", "request", "sampling_params"},
     "__main__": {"cli"},
 }
 NO_TORCH = {
@@ -82,10 +83,10 @@ NO_TORCH = {
     "plan",
 }
 # These may import torch inside functions, when it is certain that it is needed.
-LAZY_TORCH = {"cli", "doctor", "platforms"}
+LAZY_TORCH = {"cli", "doctor", "platforms", "crosscheck"}
 NO_TORCH_FILES = {"engine/input.py", "engine/output.py", "engine/opening.py", "demo/__init__.py"}
 VENDORS = re.compile(r"\b(nvidia|amd|rocm|hip|is_hip|gfx\w+|sm_\d+)\b", re.IGNORECASE)
-VENDOR_FILES = {"platforms", "plan", "doctor", "demo"}
+VENDOR_FILES = {"platforms", "plan", "doctor", "demo", "crosscheck"}
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:

@@ -1,4 +1,4 @@
-"""The command line: evenflow generate, chat, plan, doctor.
+"""The command line: evenflow generate, chat, plan, crosscheck, doctor.
 
 Answers --help, --version and wrong usage without torch; each command imports what it needs when it runs.
 Exit codes: 0 done, 1 something failed, 2 bad input, 3 a plan that does not fit, 130 interrupted.
@@ -18,12 +18,14 @@ COMMANDS = {
     "generate": "complete a prompt",
     "chat": "talk with a model",
     "plan": "does a model fit a GPU, and how fast can it be?",
+    "crosscheck": "compile the GPU kernels for every architecture, and judge the code",
     "doctor": "what is on this machine, and what is wrong with it",
 }
 EXAMPLES = """examples:
   evenflow generate "Once upon a time"
   evenflow chat
   evenflow plan llama-2-70b --gpu mi210 --gpus 4
+  evenflow crosscheck compile
   evenflow doctor
 
 `evenflow COMMAND --help` says more. Without --model, the built-in demo model is used."""

@@ -33,8 +33,8 @@ def compile_one(specialization: "Specialization", target: Target) -> Resources:
     from triton.compiler import ASTSource
 
     kernel = find_kernel(specialization.kernel)
-    names = kernel.arg_names
-    constexprs = specialization.constexprs
+    names, constexprs = kernel.arg_names, specialization.constexprs
+    _check_names(specialization, names)
     source = ASTSource(
         fn=kernel,
         signature={name: "constexpr" if name in constexprs else specialization.signature[name] for name in names},
@@ -66,6 +66,13 @@ def compile_one(specialization: "Specialization", target: Target) -> Resources:
         argument_loads=loads_per_argument(made.asm["llir"], arguments),
         code_hash=code.code_hash,
     )
+
+
+def _check_names(specialization: "Specialization", names: list[str]) -> None:
+    given = {*specialization.signature, *specialization.constexprs}
+    if given != set(names) or not set(specialization.aligned) <= given:
+        wrong = sorted((given ^ set(names)) | (set(specialization.aligned) - given))
+        raise ValueError(f"the specialization and the kernel do not agree on {', '.join(wrong)}")
 
 
 def find_kernel(path: str) -> Any:

@@ -65,7 +65,6 @@ class Compiled:
 
     @property
     def label(self) -> str:
-        """ "rms_norm/bf16-4096": the kernel's function without its marks, and the specialization."""
         return label_of(self.kernel, self.name)
 
 
@@ -77,9 +76,14 @@ class Job:
     specializations: "list[Specialization]"
 
 
+def function_of(kernel: str) -> str:
+    """ "rms_norm" of "evenflow.kernels.rms_norm:_rms_norm_kernel"."""
+    return kernel.rpartition(":")[2].strip("_").removesuffix("_kernel")
+
+
 def label_of(kernel: str, name: str) -> str:
-    function = kernel.rpartition(":")[2].strip("_").removesuffix("_kernel")
-    return f"{function}/{name}"
+    """What people call a specialization: "rms_norm/bf16-4096"."""
+    return f"{function_of(kernel)}/{name}"
 
 
 def stderr_path(job_path: str, index: int) -> Path:
@@ -99,7 +103,10 @@ def compile_all(
     """
     stop = threading.Event()
     shards = [shard for job in jobs for shard in _shards(job, -(-num_processes // max(len(jobs), 1)))]
-    with tempfile.TemporaryDirectory(prefix="evenflow-crosscheck-") as folder, ThreadPoolExecutor(num_processes) as pool:
+    with (
+        tempfile.TemporaryDirectory(prefix="evenflow-crosscheck-") as folder,
+        ThreadPoolExecutor(num_processes) as pool,
+    ):
         futures = [
             pool.submit(_compile_job, shard, Path(folder) / str(number), on_result, timeout_s, stop)
             for number, shard in enumerate(shards)
