@@ -1,7 +1,7 @@
 """Kernels with known faults, and sound ones, for the tests of the compile gate. Imported by the compiling child."""
 
 import os
-import sys
+import signal
 from dataclasses import dataclass
 
 import triton
@@ -42,11 +42,6 @@ def big_dot_kernel(a_ptr, b_ptr, out_ptr, num, M: tl.constexpr, N: tl.constexpr,
     tl.store(out_ptr + m[:, None] * N + n[None, :], acc)
 
 
-@triton.jit
-def wrong_kernel(x_ptr, BLOCK: tl.constexpr):
-    tl.store(x_ptr + tl.arange(0, BLOCK), no_such_name)  # noqa: F821
-
-
 class _Aborts:
     """Looks like a kernel until its arguments are asked for, and then does what LLVM does."""
 
@@ -68,15 +63,13 @@ class _Noisy:
         return getattr(copy_kernel, name)
 
 
-class _Sleeps:
+class _Hangs:
     @property
     def arg_names(self):
-        import signal
-
         signal.pause()
 
 
-aborting_kernel, noisy_kernel, hanging_kernel = _Aborts(), _Noisy(), _Sleeps()
+aborting_kernel, noisy_kernel, hanging_kernel = _Aborts(), _Noisy(), _Hangs()
 
 
 @dataclass(frozen=True)
@@ -88,3 +81,25 @@ class Specialization:
     num_warps: int
     num_stages: int
     name: str
+
+
+def copy(kernel: str = "copy", name: str = "fp32") -> Specialization:
+    """Of a kernel with the arguments of copy_kernel."""
+    arguments = {"x_ptr": "*fp32", "out_ptr": "*fp32", "num": "i32"}
+    return Specialization(f"planted:{kernel}_kernel", arguments, {"BLOCK": 1024}, tuple(arguments), 4, 1, name)
+
+
+def paged_dot(name: str, aligned: bool = True) -> Specialization:
+    pointers = {"q_ptr": "*bf16", "k_cache_ptr": "*bf16", "block_table_ptr": "*i32", "out_ptr": "*fp32"}
+    names = (*pointers, "stride") if aligned else ()
+    signature = {**pointers, "num": "i32", "stride": "i32"}
+    return Specialization("planted:paged_dot_kernel", signature, {"D": 64, "BLOCK": 32}, names, 4, 2, name)
+
+
+def big_dot(name: str, m: int, n: int, k: int, num_warps: int, num_stages: int) -> Specialization:
+    signature = {"a_ptr": "*fp16", "b_ptr": "*fp16", "out_ptr": "*fp32", "num": "i32"}
+    sizes = {"M": m, "N": n, "K": k}
+    return Specialization("planted:big_dot_kernel", signature, sizes, tuple(signature), num_warps, num_stages, name)
+
+
+SOUND = [copy(), paged_dot("bf16"), big_dot("64x64", 64, 64, 32, 4, 2)]

@@ -20,8 +20,8 @@ EXAMPLES = """examples:
   evenflow crosscheck compile --sample 1 --html report.html
   evenflow crosscheck compile --update-budgets             # accept the instruction counts of today
 
-A kernel fails when it does not compile, spills registers, takes more shared memory than the target has, leaves tl.dot to
-the vector units, reads the KV cache by narrow loads, makes the compiler write to standard error, or has 10% more
+A kernel fails when it does not compile, spills registers, takes more shared memory than the target has, leaves tl.dot
+to the vector units, reads the KV cache by narrow loads, makes the compiler write to standard error, or has 10% more
 instructions than its budget in crosscheck/budgets/.
 
 Exit code 0: nothing fails; 1: something does; 2: bad input, or no triton."""

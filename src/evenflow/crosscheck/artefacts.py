@@ -1,7 +1,7 @@
 """Reading what a compiler made: machine code of AMD and NVIDIA, and the IR it came from. Pure functions of text.
 
-The machine code says what will run: instructions, registers, spills. The LLVM IR still knows which load belongs to which
-argument of the kernel, so the widths per argument come from there.
+The machine code says what will run: instructions, registers, spills. The LLVM IR still knows which load belongs to
+which argument of the kernel, so the widths per argument come from there.
 """
 
 import hashlib
@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 AMD_INSTRUCTION = re.compile(r"^\t(([a-z]+_[a-z0-9_]+)\b[^;\n]*)", re.MULTILINE)
-SASS_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+((?:\{ *)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)[^;]*)")
+SASS_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+((?:\{ *)?(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]+)[^;]*)")
 AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_(?:lds_)?(\w+)")
 SASS_ACCESS = re.compile(r"(LDG|STG|LDGSTS)\.([A-Z0-9.]+)")
 AMD_BYTES = {"byte": 1, "ubyte": 1, "sbyte": 1, "short": 2, "ushort": 2, "sshort": 2}
+PTXAS_ROUTINE = re.compile(r"ptxas\S* info +: (?!\(C)|\s*\d+ bytes stack frame|\s*$")
 DOT = re.compile(r"\btt\.dot(?:_scaled)? (?:[^\n]*?inputPrecision = (\w+))?[^\n]*?: tensor<(?:\d+x)*(\w+)>")
 IR_VALUE = re.compile(r"%[\w.]+")
 IR_ASSIGNMENT = re.compile(r"^\s*(%[\w.]+) = (.*)$")
@@ -137,6 +138,11 @@ def _accesses(
 def _hash(lines: Iterable[str]) -> str:
     text = "\n".join(re.sub(r"\s+", " ", line).strip() for line in lines)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def ptxas_complaints(log: str) -> str:
+    """The lines of ptxas's log that are no routine: warnings, and advice such as "wgmma ... are serialized"."""
+    return "\n".join(line.strip() for line in log.splitlines() if not PTXAS_ROUTINE.match(line))
 
 
 def read_dots(ttir: str) -> list[Dot]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from evenflow.crosscheck.artefacts import Code, loads_per_argument, read_amdgcn, read_dots, read_sass
+from evenflow.crosscheck.artefacts import Code, loads_per_argument, ptxas_complaints, read_amdgcn, read_dots, read_sass
 from evenflow.crosscheck.compiling import Compiled, Job, Resources, stderr_path
 from evenflow.crosscheck.targets import Target, find_target, occupancy
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 MAX_ERROR_CHARS = 4000
 
 
-def compile_one(specialization: "Specialization", target: Target) -> Resources:
-    """Compile for `target` and read the result. Raises whatever triton raises."""
+def make(specialization: "Specialization", target: Target) -> Any:
+    """Compile for `target`: triton's CompiledKernel, with `asm` and `metadata`. Raises whatever triton raises."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -42,14 +42,19 @@ def compile_one(specialization: "Specialization", target: Target) -> Resources:
         # What the launcher would find at run time; without it, loads stay narrow.
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in specialization.aligned},
     )
-    made = triton.compile(
+    return triton.compile(
         source,
         target=GPUTarget(target.backend, target.triton_arch, target.warp_size),
         options={"num_warps": specialization.num_warps, "num_stages": specialization.num_stages},
     )
+
+
+def read(made: Any, specialization: "Specialization", target: Target) -> Resources:
+    """What a CompiledKernel takes and does."""
     code = read_amdgcn(made.asm["amdgcn"]) if target.is_amd else _read_cubin(made.asm["cubin"])
-    shared_bytes = max(made.metadata.shared, code.static_shared_bytes if target.is_amd else 0)
-    arguments = [name for name in names if name not in constexprs]
+    # NVIDIA's static part is the reserve of each workgroup, which the target's facts count already.
+    shared_bytes = made.metadata.shared + (code.static_shared_bytes if target.is_amd else 0)
+    names = find_kernel(specialization.kernel).arg_names
     return Resources(
         registers=code.registers,
         accumulators=code.accumulators,
@@ -63,7 +68,9 @@ def compile_one(specialization: "Specialization", target: Target) -> Resources:
         dots=read_dots(made.asm["ttir"]),
         loads=code.loads,
         stores=code.stores,
-        argument_loads=loads_per_argument(made.asm["llir"], arguments),
+        argument_loads=loads_per_argument(
+            made.asm["llir"], [name for name in names if name not in specialization.constexprs]
+        ),
         code_hash=code.code_hash,
     )
 
@@ -103,23 +110,27 @@ def _output_of(tool: Path, *arguments: str) -> str:
 
 
 def _attempt(specialization: "Specialization", target: Target, stderr: Path) -> Compiled:
-    """Compile with file descriptor 2 in a file: LLVM writes there past Python."""
+    """Compile with file descriptors 1 and 2 in files: LLVM writes past Python, and triton prints ptxas's log."""
     error, resources = "", None
-    with stderr.open("wb") as file:
-        os.dup2(file.fileno(), 2)
+    stdout = stderr.with_suffix(".stdout")
+    for path, descriptor in ((stdout, 1), (stderr, 2)):
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), descriptor)
     start_s = time.perf_counter()
     try:
-        resources = compile_one(specialization, target)
+        resources = read(make(specialization, target), specialization, target)
     except Exception as problem:  # whatever it is, it is this kernel's failure, and the others go on
         error = f"{type(problem).__name__}: {problem}"[-MAX_ERROR_CHARS:]
     compile_s = time.perf_counter() - start_s
+    sys.stdout.flush()
     sys.stderr.flush()
+    said = f"{stderr.read_text(errors='replace')}\n{ptxas_complaints(stdout.read_text(errors='replace'))}"
     return Compiled(
         kernel=specialization.kernel,
         name=specialization.name,
         target=target.arch,
         error=error,
-        stderr=stderr.read_text(errors="replace").strip(),
+        stderr=said.strip(),
         compile_s=compile_s,
         resources=resources,
     )
@@ -132,7 +143,7 @@ def _import_all(job: Job) -> None:
     for path in sorted({specialization.kernel for specialization in job.specializations}):
         try:
             find_kernel(path)
-        except Exception:  # noqa: S112 - the kernel that needs it will raise it again, in its own name
+        except Exception:  # the kernel that needs it will raise it again, in its own name
             continue
 
 
@@ -140,7 +151,7 @@ def main(job_path: str) -> None:
     job: Job = pickle.loads(Path(job_path).read_bytes())
     target = find_target(job.target)
     results = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # whatever else is printed is noise, not a result
+    os.dup2(2, 1)
     _import_all(job)
     results.write(b"ready\n")
     for index, specialization in enumerate(job.specializations):

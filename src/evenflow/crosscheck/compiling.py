@@ -26,13 +26,15 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 300.0  # of one kernel; the slowest that is known, 8-bit floats emulated on gfx1100, takes 24
 
+COMPILER_SWITCHES = ("TRITON_", "MLIR_", "LLVM_", "PTXAS_", "DISABLE_PTXAS_OPT", "AMDGCN_", "NVPTX_")
+
 
 @dataclass(frozen=True, slots=True)
 class Resources:
     """What a compiled kernel takes and does; see artefacts.Code for the fields they share.
 
-    occupancy: warps that a SIMD holds at once. matrix: matrix instructions by mnemonic. dots: each tl.dot of the source.
-    argument_loads: for each pointer argument, loads by bytes per lane.
+    occupancy: warps that a SIMD holds at once. matrix: matrix instructions by mnemonic. dots: each tl.dot of the
+    source. argument_loads: for each pointer argument, loads by bytes per lane.
     """
 
     registers: int
@@ -200,11 +202,12 @@ def _failed(job: Job, index: int, reason: str, stderr: Path) -> Compiled:
 
 
 def _environment(cache: Path) -> dict[str, str]:
-    """Ours, without triton's switches: the result must not depend on what a developer has set."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "MLIR_", "LLVM_"))}
+    """Ours, without the compilers' switches: the result must not depend on what a developer has set."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(COMPILER_SWITCHES)}
     return kept | {
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "TRITON_CACHE_DIR": str(cache),
+        "TRITON_DUMP_PTXAS_LOG": "1",
         "TRITON_DEFAULT_FP_FUSION": "1",  # triton 3.10 flips the default, and 3.9 says so on every compile
         "OMP_NUM_THREADS": "1",
     }

@@ -57,7 +57,7 @@ def _memory(resources: Resources, target: Target) -> Iterator[Finding]:
         yield "shared memory", cause, "Take fewer stages (num_stages) or a smaller tile"
     elif resources.occupancy == 0:
         yield "occupancy", f"{resources.registers} registers a lane: no workgroup fits", "Take fewer warps"
-    if resources.spills or resources.scratch_bytes:
+    if resources.scratch_bytes or (resources.spills and not target.is_amd):
         cause = f"{resources.spills} registers go to memory, {resources.scratch_bytes} bytes of stack a lane"
         yield "spills", cause, "Take a smaller tile or more warps (num_warps)"
 
