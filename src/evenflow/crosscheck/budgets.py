@@ -23,12 +23,12 @@ class Budgets:
         return self.instructions.get(compiled.target, {}).get(compiled.label)
 
 
-def budget_path(triton_version: str, folder: Path = FOLDER) -> Path:
+def budget_path(triton_version: str, folder: Path | None = None) -> Path:
     """3.9.0 and 3.9.1 share triton-3.9.json: a patch release does not change code generation on purpose."""
-    return folder / "triton-{}.{}.json".format(*triton_version.split(".")[:2])
+    return (folder or FOLDER) / "triton-{}.{}.json".format(*triton_version.split(".")[:2])
 
 
-def load_budgets(triton_version: str, folder: Path = FOLDER) -> Budgets:
+def load_budgets(triton_version: str, folder: Path | None = None) -> Budgets:
     """The budgets of this release; empty where none were measured. Raises ValueError for a file that is no budget."""
     path = budget_path(triton_version, folder)
     if not path.exists():
@@ -51,7 +51,7 @@ def updated(budgets: Budgets, triton_version: str, results: list[Compiled], is_c
     return Budgets(triton_version, instructions)
 
 
-def save_budgets(budgets: Budgets, folder: Path = FOLDER) -> Path:
+def save_budgets(budgets: Budgets, folder: Path | None = None) -> Path:
     """Write them, sorted so that a change of one kernel is a change of its lines. Returns where."""
     path = budget_path(budgets.triton, folder)
     sorted_counts = {target: dict(sorted(counts.items())) for target, counts in sorted(budgets.instructions.items())}

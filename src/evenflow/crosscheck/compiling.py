@@ -153,10 +153,9 @@ def _run_child(job: Job, folder: Path, timeout_s: float) -> Iterator[Compiled]:
             env=_environment(folder / "cache"),
         ) as child,
     ):
-        lines = _lines(child, timeout_s)
-        started = next(lines, None) is not None
+        started = next(_lines(child, TIMEOUT_S), None) is not None
         index = 0
-        for index, line in enumerate(lines, start=1):  # noqa: B007
+        for index, line in enumerate(_lines(child, timeout_s), start=1):  # noqa: B007
             yield msgspec.json.decode(line, type=Compiled)
         code = child.wait()
     if not started:  # triton itself, not a kernel
