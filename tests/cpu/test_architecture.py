@@ -65,7 +65,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {"config", "model_config", "model_files", "platforms"},
     "doctor": {"platforms", "demo"},
     "crosscheck": {"kernels", "platforms"},
-    "cli": {"llm", "engine", "plan", "doctor", "crosscheck", "kernels", "config", "platforms", "request", "sampling_params"},
+    "cli": {
+        "llm",
+        "engine",
+        "plan",
+        "doctor",
+        "crosscheck",
+        "kernels",
+        "config",
+        "platforms",
+        "request",
+        "sampling_params",
+    },
     "__main__": {"cli"},
 }
 NO_TORCH = {

@@ -58,7 +58,8 @@ def _memory(resources: Resources, target: Target) -> Iterator[Finding]:
     elif resources.occupancy == 0:
         yield "occupancy", f"{resources.registers} registers a lane: no workgroup fits", "Take fewer warps"
     if resources.scratch_bytes or (resources.spills and not target.is_amd):
-        cause = f"{resources.spills} registers go to memory, {resources.scratch_bytes} bytes of stack a lane"
+        what = "registers do not fit" if target.is_amd else "accesses of local memory"
+        cause = f"{resources.spills:,} {what}, {resources.scratch_bytes:,} bytes of stack a lane"
         yield "spills", cause, "Take a smaller tile or more warps (num_warps)"
 
 

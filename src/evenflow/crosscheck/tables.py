@@ -34,7 +34,7 @@ def target_table(
     for failure in failures:
         checks.setdefault(failure.label, set()).add(failure.check)
     table = Table(title=f"{target.arch} ({target.gpus})", title_justify="left", box=None, header_style="bold")
-    table.add_column("specialization" if per_specialization else "kernel (number of specializations)")
+    table.add_column("specialization" if per_specialization else "kernel (specializations)")
     for name in COLUMNS:
         table.add_column(name, justify="right")
     table.add_column("fails")
