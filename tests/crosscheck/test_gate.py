@@ -8,7 +8,7 @@ from planted import SOUND, copy
 from evenflow.crosscheck.artefacts import Dot
 from evenflow.crosscheck.budgets import Budgets, budget_path, load_budgets, save_budgets, updated
 from evenflow.crosscheck.compiling import Compiled, Job, Resources, compile_all, label_of
-from evenflow.crosscheck.gate import judge
+from evenflow.crosscheck.gate import condensed, judge
 from evenflow.crosscheck.targets import TARGETS, find_target, occupancy
 
 GOOD = Resources(
@@ -126,6 +126,15 @@ def test_a_kernel_without_budget_fails():
     failures = judge(result(target="gfx950"), BUDGETS)
     assert [failure.check for failure in failures] == ["no budget"]
     assert "--update-budgets" in failures[0].fix
+
+
+def test_a_new_triton_is_one_line():
+    broken = judge(result(replace(GOOD, matrix={})), BUDGETS)
+    missing = [failure for _ in range(9) for failure in judge(result(target="gfx950"), BUDGETS)]
+    assert condensed(broken + missing[:8]) == broken + missing[:8]
+    few = condensed(missing + broken)
+    assert few[:1] == broken
+    assert str(few[1]).startswith("gfx950 9 compiled kernels: no budget: none was recorded. Record them with --update")
 
 
 def test_budgets_go_to_a_file_and_back(tmp_path):

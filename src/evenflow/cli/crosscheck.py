@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from evenflow.crosscheck.gate import Failure
     from evenflow.crosscheck.selection import Specializations
 
-MAX_ALIKE = 8
 EXAMPLES = """examples:
   evenflow crosscheck compile                              # everything, for every target
   evenflow crosscheck compile --target gfx942 sm_90
@@ -107,6 +106,7 @@ def _print_results(
     from rich.console import Console
     from rich.markup import escape
 
+    from evenflow.crosscheck.gate import condensed
     from evenflow.crosscheck.tables import target_table
     from evenflow.crosscheck.targets import find_target
 
@@ -116,16 +116,8 @@ def _print_results(
         theirs = [failure for failure in failures if failure.target == arch]
         console.print(target_table(find_target(arch), ours, theirs, budgets, per_specialization))
         console.print()
-    without_budget = [failure for failure in failures if failure.check == "no budget"]
-    for failure in failures:
-        if failure.check != "no budget" or len(without_budget) <= MAX_ALIKE:
-            console.print(f"[red]FAIL[/red] {escape(str(failure))}", highlight=False)
-    if len(without_budget) > MAX_ALIKE:
-        console.print(
-            f"[red]FAIL[/red] no budget: {len(without_budget)} compiled kernels have none for triton {budgets.triton}. "
-            "Record them with --update-budgets",
-            highlight=False,
-        )
+    for failure in condensed(failures):
+        console.print(f"[red]FAIL[/red] {escape(str(failure))}", highlight=False)
     num_failed = len({(failure.target, failure.label) for failure in failures})
     summary = f"{num_failed} of {len(results)} fail" if failures else f"all {len(results)} compiled kernels pass"
     console.print(f"{summary} (triton {budgets.triton})", highlight=False)

@@ -14,6 +14,7 @@ from evenflow.crosscheck.targets import Target, find_target
 
 GROWTH_LIMIT = 1.10
 WIDE_LOAD_BYTES = 16
+MAX_ALIKE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,17 @@ class Failure:
 def judge(compiled: Compiled, budgets: Budgets) -> list[Failure]:
     """Every rule that this result breaks, worst first; empty when it may ship."""
     return [Failure(compiled.target, compiled.label, *found) for found in _broken_rules(compiled, budgets)]
+
+
+def condensed(failures: list[Failure]) -> list[Failure]:
+    """For people: many kernels without a budget, as after a new triton, are one line and one thing to do."""
+    without = [failure for failure in failures if failure.check == "no budget"]
+    if len(without) <= MAX_ALIKE:
+        return failures
+    targets = ", ".join(dict.fromkeys(failure.target for failure in without))
+    first = without[0]
+    line = Failure(targets, f"{len(without)} compiled kernels", first.check, "none was recorded", first.fix)
+    return [failure for failure in failures if failure.check != "no budget"] + [line]
 
 
 Finding = tuple[str, str, str]  # check, cause, fix

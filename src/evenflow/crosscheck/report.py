@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from evenflow import __version__
 from evenflow.crosscheck.budgets import Budgets
 from evenflow.crosscheck.compiling import Compiled, function_of
-from evenflow.crosscheck.gate import Failure
+from evenflow.crosscheck.gate import Failure, condensed
 from evenflow.crosscheck.tables import widths_text
 from evenflow.crosscheck.targets import TARGETS
 
@@ -84,7 +84,7 @@ def to_html(
     return template.render(
         kernels=kernels,
         targets=targets,
-        failures=failures,
+        failures=condensed(failures),
         versions=versions,
         num_results=len(results),
         num_failed=len(by_key),
