@@ -14,7 +14,7 @@ from evenflow.crosscheck.compiling import Compiled, Job, compile_all
 
 HERE = Path(__file__).parent
 DEFECTS = [
-    big_dot("spills", 128, 128, 32, num_warps=1, num_stages=1),
+    big_dot("spills", 256, 128, 32, num_warps=1, num_stages=1),
     big_dot("too-much-lds", 128, 128, 128, num_warps=8, num_stages=3),
     big_dot("no-matrix", 8, 16, 16, num_warps=1, num_stages=1),
     paged_dot("narrow", aligned=False),
