@@ -38,6 +38,8 @@ _REQUIRED = {
     "fp16_overflow": 0,
     "tg_split": 0,
     "uses_dynamic_stack": 0,
+    "dx10_clamp": 1,
+    "ieee_mode": 1,
     "system_sgpr_workgroup_info": 0,
 }
 _ENCODING = re.compile(r"^(.*)_(e32|e64|sdwa|dpp)$")
