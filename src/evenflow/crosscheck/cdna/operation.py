@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from evenflow.crosscheck.cdna.errors import AssemblyError
 from evenflow.crosscheck.cdna.machine import Machine
 from evenflow.crosscheck.cdna.operands import Operand
 from evenflow.crosscheck.cdna.parser import Instruction
 
-Run = Callable[[Machine], None]
+Run = Callable[[Machine], Any]
 Bind = Callable[[Instruction], Run]
 
 DPP_CONTROLS = frozenset(
@@ -30,7 +31,8 @@ class Operation:
     """One mnemonic. The first `num_destinations` operands are written, all others are read.
 
     updates: the destinations are read as well. reads, writes: scalar registers that the text does not name.
-    counter: the wait counter that tells when its result has arrived ("" when it is there at once).
+    counters: the wait counters that tell when it is done (none when it is done at once).
+    flow: "branch" (its function gives the waves that jump, bool [n]), "barrier" or "end"; "" goes to the next line.
     """
 
     bind: Bind
@@ -39,7 +41,8 @@ class Operation:
     modifiers: frozenset[str] = frozenset()
     reads: tuple[int, ...] = ()
     writes: tuple[int, ...] = ()
-    counter: str = ""
+    counters: tuple[str, ...] = ()
+    flow: str = ""
 
 
 @dataclass
