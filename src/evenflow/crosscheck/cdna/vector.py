@@ -8,10 +8,8 @@ from collections.abc import Callable
 import numpy as np
 
 from evenflow.crosscheck.cdna.access import (
-    Reader,
     lane_mask,
     lane_move,
-    raw32,
     reader,
     select_sources,
     writer,
@@ -19,7 +17,7 @@ from evenflow.crosscheck.cdna.access import (
 from evenflow.crosscheck.cdna.errors import AssemblyError
 from evenflow.crosscheck.cdna.floats import Array, fma_f32
 from evenflow.crosscheck.cdna.machine import Machine, high, join, low
-from evenflow.crosscheck.cdna.operands import EXEC, VCC
+from evenflow.crosscheck.cdna.operands import EXEC, parse_operand
 from evenflow.crosscheck.cdna.operation import Operation, Run, expect
 from evenflow.crosscheck.cdna.parser import Instruction
 from evenflow.crosscheck.cdna.scalar import (
@@ -115,15 +113,11 @@ def _bind_select(instruction: Instruction) -> Run:
     select_sources(instruction, operands[1:3])
     move = lane_move(instruction)
     a, b = reader(operands[1], "u32", move), reader(operands[2], "u32")
-    mask = lane_mask(operands[3]) if len(operands) == 4 else _vcc_mask()
+    mask = lane_mask(operands[3] if len(operands) == 4 else parse_operand("vcc"))
     write = writer(instruction, operands[0], "u32", move)
     return lambda machine: write(machine, np.where(mask(machine), b(machine), a(machine)))
 
 
-def _vcc_mask() -> Reader:
-    from evenflow.crosscheck.cdna.operands import parse_operand
-
-    return lane_mask(parse_operand("vcc"))
 
 
 def _multiply_add_64(product: Callable[[Array, Array], Array]) -> Operation:
@@ -222,19 +216,6 @@ def _class_test(kind: str) -> Operation:
         return lambda machine: write(machine, float_class(value(machine)) & classes(machine) != 0)
 
     return Operation(bind)
-
-
-def _bind_div_scale(instruction: Instruction) -> Run:
-    """Scales neither operand: `v_div_fixup` divides exactly, so that the steps between only approximate."""
-    operands = expect(instruction, 5)
-    write, write_mask = writer(instruction, operands[0], "u32"), writer(instruction, operands[1], "mask")
-    value = raw32(operands[2])
-
-    def run(machine: Machine) -> None:
-        write(machine, value(machine))
-        write_mask(machine, np.zeros(1, bool))
-
-    return run
 
 
 def _ldexp(value: Array, exponent: Array) -> Array:
@@ -375,10 +356,6 @@ FLOAT: dict[str, Operation] = {
     "v_rcp_iflag_f32": alu("f32", "f32", lambda a: 1 / a),
     "v_sin_f32": alu("f32", "f32", _turns(np.sin)),
     "v_cos_f32": alu("f32", "f32", _turns(np.cos)),
-    "v_div_scale_f32": Operation(_bind_div_scale, num_destinations=2),
-    "v_div_scale_f64": Operation(_bind_div_scale, num_destinations=2),
-    "v_div_fmas_f32": alu("f32", "f32 f32 f32", fma_f32),
-    "v_div_fixup_f32": alu("f32", "f32 f32 f32", lambda quotient, denominator, numerator: numerator / denominator),
     "v_fma_f64": alu("f64", "f64 f64 f64", lambda a, b, c: a * b + c),
     "v_fmac_f64": alu("f64", "f64 f64 f64", lambda a, b, c: a * b + c, updates=True),
     "v_ldexp_f64": alu("f64", "f64 i32", lambda a, b: np.ldexp(a, np.clip(b, -4000, 4000).astype(np.int32))),
