@@ -50,12 +50,14 @@ def to_mask(lanes: Array) -> Array:
 
 
 class Machine:
-    """State of `num_waves` waves. `workgroup[w]` is the position of wave w's workgroup among those in flight."""
+    """State of all waves in flight. workgroup: [waves], the position of each wave's workgroup; coordinates: [workgroups, 3],
+    the place in the grid."""
 
-    def __init__(self, architecture: str, num_vector: int, num_waves: int, workgroup: Array) -> None:
+    def __init__(self, architecture: str, num_vector: int, workgroup: Array, coordinates: Array) -> None:
         self.architecture = architecture
-        self.num_waves = num_waves
+        self.num_waves = num_waves = len(workgroup)
         self.workgroup = workgroup
+        self.coordinates = coordinates
         self.vector = np.full((num_vector, num_waves, WAVE), POISON, np.uint32)
         self.scalar = np.zeros((NUM_SCALARS, num_waves), np.uint32)
         self.scc = np.zeros(num_waves, bool)
@@ -125,6 +127,14 @@ class Machine:
             part = row[self.waves]
             np.copyto(part, value, where=mask)
             row[self.waves] = part
+
+    def describe(self, position: int, lane: int) -> str:
+        """Name a lane of the `position`th wave of this group."""
+        wave = int(self.indices[position])
+        group = int(self.workgroup[wave])
+        x, y, z = (int(part) for part in self.coordinates[group])
+        first = int(np.argmax(self.workgroup == group))
+        return f"workgroup ({x}, {y}, {z}), wave {wave - first}, lane {lane}"
 
     def broadcast(self, value: Array) -> Array:
         """To [n, 64]: scalars come as [n, 1], constants as [1]."""

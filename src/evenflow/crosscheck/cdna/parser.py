@@ -47,7 +47,8 @@ _ENCODING = re.compile(r"^(.*)_(e32|e64|sdwa|dpp)$")
 
 @dataclass
 class Instruction:
-    """One line of code. `name` is the mnemonic without its encoding suffix; `target` the index that a branch goes to."""
+    """One line of code. `name` is the mnemonic without its encoding suffix; `target` the index that a branch goes to;
+    `provenance` the arguments from which its address may derive (None: not known), as `dataflow` finds them."""
 
     mnemonic: str
     name: str
@@ -57,6 +58,7 @@ class Instruction:
     line: int
     text: str
     target: int = -1
+    provenance: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         return f"line {self.line}: {self.text}"
