@@ -58,7 +58,9 @@ class Step:
 
 
 def num_destinations(instruction: Instruction, operation: Operation) -> int:
-    """An atomic operation returns the old value only if its text says so."""
+    """An atomic operation returns the old value only if its text says so; a load into LDS writes no register."""
+    if "lds" in instruction.modifiers:
+        return 0
     if operation.num_destinations >= 0:
         return operation.num_destinations
     return int(bool(instruction.modifiers.get("glc") or instruction.modifiers.get("sc0")))
