@@ -16,7 +16,7 @@ from evenflow.crosscheck.cdna.memory import ByteStore
 from evenflow.crosscheck.cdna.operands import Operand
 from evenflow.crosscheck.cdna.operation import Operation, Run, expect, expect_register, num_destinations
 from evenflow.crosscheck.cdna.parser import Instruction
-from evenflow.crosscheck.cdna.vector_memory import BUFFER, GLOBAL, LGKM, VM, buffer_address, global_address
+from evenflow.crosscheck.cdna.vector_memory import BUFFER, BUFFER_ADDRESS, GLOBAL, LGKM, VM, buffer_address, global_address
 
 RETURNS_IF_TOLD = -1  # the text's glc or sc0 says whether the old value is returned
 
@@ -176,6 +176,7 @@ def _memory_atomic(name: str, is_buffer: bool) -> Operation:
         bind,
         num_destinations=RETURNS_IF_TOLD,
         updates=is_buffer,
+        address=BUFFER_ADDRESS if is_buffer else (-3, -1),
         modifiers=BUFFER if is_buffer else GLOBAL,
         counters=VM,
     )

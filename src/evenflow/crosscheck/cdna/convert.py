@@ -99,7 +99,7 @@ def _pack_8(name: str, is_scaled: bool) -> Operation:
 
         return run
 
-    return Operation(bind, updates=True, modifiers=frozenset({"op_sel"}))
+    return Operation(bind, merges=True, modifiers=frozenset({"op_sel"}))
 
 
 def _unpack_8(name: str, result: str, is_scaled: bool) -> Operation:

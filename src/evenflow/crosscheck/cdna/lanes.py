@@ -185,7 +185,7 @@ _OFFSET = frozenset({"offset"})
 LANE_MOVES: dict[str, Operation] = {
     "v_readfirstlane_b32": Operation(_bind_read_first_lane, reads=(EXEC, EXEC + 1)),
     "v_readlane_b32": Operation(_bind_read_lane),
-    "v_writelane_b32": Operation(_bind_write_lane, updates=True),
+    "v_writelane_b32": Operation(_bind_write_lane, merges=True),
     "v_mbcnt_lo_u32_b32": _lane_count(0),
     "v_mbcnt_hi_u32_b32": _lane_count(32),
     "v_permlane16_swap_b32": _swap(16),

@@ -90,9 +90,9 @@ class LocalMemory:
 
 
 def lds_address(operand: Operand, offset: int) -> Reader:
-    """int64 [n, 64] or [n, 1]."""
-    read = raw32(operand)
-    return lambda machine: read(machine).astype(np.int64) + offset
+    """int64 [n, 64] or [n, 1]. The sum wraps at 32 bits: compilers use a negative base with a larger offset."""
+    read, distance = raw32(operand), np.uint32(offset)
+    return lambda machine: (read(machine) + distance).astype(np.int64)
 
 
 def _read(size: int, is_signed: bool = False, half: str = "") -> Operation:
@@ -109,7 +109,7 @@ def _read(size: int, is_signed: bool = False, half: str = "") -> Operation:
 
         return run
 
-    return Operation(bind, updates=bool(half), modifiers=OFFSET, counters=LGKM)
+    return Operation(bind, merges=bool(half), modifiers=OFFSET, counters=LGKM)
 
 
 def _write(size: int, shift: int = 0) -> Operation:

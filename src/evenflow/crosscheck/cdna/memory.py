@@ -58,12 +58,13 @@ class ByteStore:
 
 @dataclass(frozen=True)
 class Allocation:
-    """One block of global memory. `argument` is the position of the kernel argument that points to it, -1 for none."""
+    """One block of global memory. `arguments` are the positions of the kernel arguments that point to it; the
+    block of arguments itself has -1."""
 
     name: str
     address: int
     num_bytes: int
-    argument: int
+    arguments: tuple[int, ...]
 
     @property
     def end(self) -> int:
@@ -96,14 +97,14 @@ class GlobalMemory:
         self._starts = np.zeros(0, np.uint64)
         self._ends = np.zeros(0, np.uint64)
 
-    def allocate(self, data: Array, name: str, argument: int = -1) -> Allocation:
+    def allocate(self, data: Array, name: str, arguments: tuple[int, ...]) -> Allocation:
         """Copy these bytes (uint8) into a new allocation, with a guard gap behind it."""
         start = -(-self.top // ALIGNMENT) * ALIGNMENT
         self.top = start + data.size + GUARD_BYTES
         if self.top > self.capacity:
             raise MemoryError(f"the arena of {self.capacity} bytes is too small for {name}")
         self.store.bytes[start : start + data.size] = data
-        allocation = Allocation(name, BASE_ADDRESS + start, data.size, argument)
+        allocation = Allocation(name, BASE_ADDRESS + start, data.size, arguments)
         self.allocations.append(allocation)
         self._starts = np.array([block.address for block in self.allocations], np.uint64)
         self._ends = np.array([block.end for block in self.allocations], np.uint64)
@@ -124,7 +125,7 @@ class GlobalMemory:
             slot = np.searchsorted(self._starts, address, side="right") - 1
             bad = (slot < 0) | (address + np.uint64(size) > self._ends[slot])
             if allowed:
-                permitted = np.array([block.argument in allowed for block in self.allocations])
+                permitted = np.array([not set(allowed).isdisjoint(block.arguments) for block in self.allocations])
                 bad |= ~permitted[slot]
             else:
                 self.traffic.unattributed += 1
@@ -134,13 +135,14 @@ class GlobalMemory:
         return np.where(active, (address - np.uint64(BASE_ADDRESS)).astype(np.int64), 0)
 
     def _of_argument(self, argument: int) -> Allocation | None:
-        return next((block for block in self.allocations if block.argument == argument), None)
+        return next((block for block in self.allocations if argument in block.arguments), None)
 
     def _report(self, machine: Machine, instruction: Instruction, address: Array, size: int, bad: Array) -> None:
         wave, lane = (int(part) for part in np.argwhere(bad)[0])
         target = int(np.broadcast_to(address, bad.shape)[wave, lane])
         landed = [block for block in self.allocations if block.address < target + size and target < block.end]
-        pointers = [block for block in self.allocations if block.argument in (instruction.provenance or ())]
+        allowed_here = set(instruction.provenance or ())
+        pointers = [block for block in self.allocations if allowed_here.intersection(block.arguments)]
         through = f" through a pointer derived from {' or '.join(block.name for block in pointers)}" if pointers else ""
         where = f"{machine.describe(wave, lane)}, {int(bad.sum())} lanes in all"
         if landed and pointers and landed[0] not in pointers:

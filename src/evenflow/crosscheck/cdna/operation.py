@@ -30,7 +30,9 @@ SDWA = frozenset({"dst_sel", "dst_unused", "src0_sel", "src1_sel"})
 class Operation:
     """One mnemonic. The first `num_destinations` operands are written, all others are read.
 
-    updates: the destinations are read as well. reads, writes: scalar registers that the text does not name.
+    updates: the destinations' old values are operands too. merges: only a part of a destination is written.
+    reads, writes: scalar registers that the text does not name. address: the operands, counted from the last (-1), that
+    make up a memory address.
     counters: the wait counters that tell when it is done (none when it is done at once).
     flow: "branch" (its function gives the waves that jump, bool [n]), "barrier" or "end"; "" goes to the next line.
     """
@@ -38,9 +40,11 @@ class Operation:
     bind: Bind
     num_destinations: int = 1
     updates: bool = False
+    merges: bool = False
     modifiers: frozenset[str] = frozenset()
     reads: tuple[int, ...] = ()
     writes: tuple[int, ...] = ()
+    address: tuple[int, ...] = ()
     counters: tuple[str, ...] = ()
     flow: str = ""
 
@@ -54,7 +58,7 @@ class Step:
     run: Run
     destinations: list[Operand]
     sources: list[Operand]
-    updates: bool
+    merges: bool
 
 
 def num_destinations(instruction: Instruction, operation: Operation) -> int:
@@ -90,7 +94,7 @@ def bind(instruction: Instruction, operation: Operation) -> Step:
     preserves = instruction.modifiers.get("dst_unused") == "UNUSED_PRESERVE"
     preserves |= instruction.encoding == "dpp" and "bound_ctrl" not in instruction.modifiers
     destinations, sources = instruction.operands[:count], instruction.operands[count:]
-    return Step(instruction, operation, run, destinations, sources, operation.updates or preserves)
+    return Step(instruction, operation, run, destinations, sources, operation.merges or preserves)
 
 
 def expect(instruction: Instruction, *counts: int) -> list[Operand]:

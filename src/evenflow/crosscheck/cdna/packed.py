@@ -155,7 +155,7 @@ def _mixed(place: str) -> Operation:
         return run
 
     modifiers = frozenset({"op_sel", "op_sel_hi"}) | ({"clamp"} if place == "" else set())
-    return Operation(bind, updates=place != "", modifiers=modifiers)
+    return Operation(bind, merges=place != "", modifiers=modifiers)
 
 
 def _bind_pack(instruction: Instruction) -> Run:

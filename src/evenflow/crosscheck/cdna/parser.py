@@ -73,6 +73,11 @@ class Argument:
     kind: str
 
     @property
+    def is_hidden(self) -> bool:
+        """Whether the launch fills it in, not the caller."""
+        return self.kind.startswith("hidden_")
+
+    @property
     def is_pointer(self) -> bool:
         return self.kind == "global_buffer"
 

@@ -22,6 +22,7 @@ SCRATCH_DESCRIPTOR = 0x5C4A7C00
 CACHE_POLICY = frozenset({"glc", "slc", "sc0", "sc1", "nt"})
 GLOBAL = CACHE_POLICY | {"offset"}
 BUFFER = GLOBAL | {"offen"}
+BUFFER_ADDRESS = (-3, -2, -1)
 VM = ("vmcnt",)
 LGKM = ("lgkmcnt",)
 # What a load does with its bytes: (size, sign extension, which half of the destination it fills).
@@ -155,7 +156,7 @@ def _global_load(kind: str) -> Operation:
         data, address, base = expect(instruction, 3)
         return _load_into(instruction, data, kind, global_address(instruction, address, base), zero_fill=False)
 
-    return Operation(bind, updates=bool(LOADS[kind][2]), modifiers=GLOBAL, counters=VM)
+    return Operation(bind, merges=bool(LOADS[kind][2]), modifiers=GLOBAL, address=(-2, -1), counters=VM)
 
 
 def _global_store(kind: str) -> Operation:
@@ -163,7 +164,7 @@ def _global_store(kind: str) -> Operation:
         address, data, base = expect(instruction, 3)
         return _store_from(instruction, data, kind, global_address(instruction, address, base))
 
-    return Operation(bind, num_destinations=0, modifiers=GLOBAL, counters=VM)
+    return Operation(bind, num_destinations=0, modifiers=GLOBAL, address=(-3, -1), counters=VM)
 
 
 def _is_scratch(machine: Machine, descriptor: int) -> bool:
@@ -180,7 +181,7 @@ def _buffer_load(kind: str) -> Operation:
         first = descriptor.index
         return lambda machine: (in_scratch if _is_scratch(machine, first) else in_memory)(machine)
 
-    return Operation(bind, updates=bool(LOADS[kind][2]), modifiers=BUFFER, counters=VM)
+    return Operation(bind, merges=bool(LOADS[kind][2]), modifiers=BUFFER, address=BUFFER_ADDRESS, counters=VM)
 
 
 def _buffer_store(kind: str) -> Operation:
@@ -193,7 +194,7 @@ def _buffer_store(kind: str) -> Operation:
         first = descriptor.index
         return lambda machine: (in_scratch if _is_scratch(machine, first) else in_memory)(machine)
 
-    return Operation(bind, num_destinations=0, modifiers=BUFFER, counters=VM)
+    return Operation(bind, num_destinations=0, modifiers=BUFFER, address=BUFFER_ADDRESS, counters=VM)
 
 
 def _scratch_address(instruction: Instruction, vector: Operand | None, scalar: Operand) -> Reader:
@@ -268,7 +269,7 @@ def _scalar_load(num_words: int) -> Operation:
 
         return run
 
-    return Operation(bind, modifiers=frozenset({"glc", "offset"}), counters=LGKM)
+    return Operation(bind, modifiers=frozenset({"glc", "offset"}), address=(-2, -1), counters=LGKM)
 
 
 def _load_to_lds(kind: str, is_buffer: bool) -> Operation:
@@ -297,7 +298,8 @@ def _load_to_lds(kind: str, is_buffer: bool) -> Operation:
         return run
 
     modifiers = BUFFER | {"lds"} if is_buffer else GLOBAL
-    return Operation(bind, num_destinations=0, modifiers=modifiers, reads=(M0,), counters=VM)
+    address = BUFFER_ADDRESS if is_buffer else (-2, -1)
+    return Operation(bind, num_destinations=0, modifiers=modifiers, reads=(M0,), address=address, counters=VM)
 
 
 def _either_buffer_load(kind: str) -> Operation:
@@ -307,7 +309,7 @@ def _either_buffer_load(kind: str) -> Operation:
     def bind(instruction: Instruction) -> Run:
         return (to_lds if "lds" in instruction.modifiers else to_registers).bind(instruction)
 
-    return Operation(bind, updates=to_registers.updates, modifiers=BUFFER | {"lds"}, counters=VM)
+    return Operation(bind, merges=to_registers.merges, modifiers=BUFFER | {"lds"}, address=BUFFER_ADDRESS, counters=VM)
 
 
 VECTOR_MEMORY: dict[str, Operation] = {
