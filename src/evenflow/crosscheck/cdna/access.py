@@ -1,7 +1,8 @@
 """How an instruction reads its sources and writes its result: types, sub-dword selection, lane moves, clamping.
 
-Owns the meaning of operand types and of the SDWA, DPP and VOP3 modifiers; the mathematics is in the instruction tables. A
-reader gives an array that broadcasts to [n, 64]: [n, 64] from a vector register, [n, 1] from a scalar one, [1] of a literal.
+Owns the meaning of operand types and of the SDWA, DPP and VOP3 modifiers; the mathematics is in the instruction tables.
+A reader gives an array that broadcasts to [n, 64]: [n, 64] from a vector register, [n, 1] from a scalar one, [1] of a
+literal.
 
 Types: u16 i16 f16 bf16 u24 i24 u32 i32 f32 u64 i64 f64; "mask" is a lane mask in two scalar registers, bool [n, 64].
 16-bit floats are computed in float32 and rounded once when they are written.
@@ -22,7 +23,16 @@ Writer = Callable[[Machine, Array], None]
 
 U16, U32, U64 = np.uint32(0xFFFF), np.uint32, np.uint64
 # What the literals of each type are written as.
-_LITERAL = {"u16": "u32", "i16": "u32", "f16": "f16", "bf16": "u32", "u24": "u32", "i24": "u32", "i32": "u32", "i64": "u64"}
+_LITERAL = {
+    "u16": "u32",
+    "i16": "u32",
+    "f16": "f16",
+    "bf16": "u32",
+    "u24": "u32",
+    "i24": "u32",
+    "i32": "u32",
+    "i64": "u64",
+}
 _SIGN = {"f16": 0x8000, "bf16": 0x8000, "f32": 0x80000000, "u32": 0x80000000}
 
 
@@ -223,7 +233,8 @@ def _scale_output(instruction: Instruction) -> Callable[[Array], Array] | None:
 
 
 def round_to_f16(machine: Machine, value: Array) -> Array:
-    """float32 or float64 to fp16 codes; overflow is clamped to the largest finite value where the wave's mode says so."""
+    """float32 or float64 to fp16 codes; overflow is clamped to the largest finite value where the wave's mode says
+    so."""
     codes = f32_to_f16(value)
     if machine.clamps_overflow[machine.waves].any():
         overflowed = np.isfinite(value) & ((codes & np.uint32(0x7FFF)) == 0x7C00)

@@ -1,4 +1,5 @@
-"""Atomic operations on global memory, through buffers and on LDS. One lane after the other, in the order of waves and lanes.
+"""Atomic operations on global memory, through buffers and on LDS. One lane after the other, in the order of waves and
+lanes.
 
 Owns the table of operations on one value; addresses come from `vector_memory` and `lds`.
 """
@@ -16,7 +17,15 @@ from evenflow.crosscheck.cdna.memory import ByteStore
 from evenflow.crosscheck.cdna.operands import Operand
 from evenflow.crosscheck.cdna.operation import Operation, Run, expect, expect_register, num_destinations
 from evenflow.crosscheck.cdna.parser import Instruction
-from evenflow.crosscheck.cdna.vector_memory import BUFFER, BUFFER_ADDRESS, GLOBAL, LGKM, VM, buffer_address, global_address
+from evenflow.crosscheck.cdna.vector_memory import (
+    BUFFER,
+    BUFFER_ADDRESS,
+    GLOBAL,
+    LGKM,
+    VM,
+    buffer_address,
+    global_address,
+)
 
 RETURNS_IF_TOLD = -1  # the text's glc or sc0 says whether the old value is returned
 

@@ -66,7 +66,9 @@ def _encode(kind: str) -> Callable[[Machine, Array], Array]:
         saturated = f32_to_fp8(value, fp8_kind(machine.architecture, kind))
         if clamps.all():
             return saturated
-        return np.where(clamps[:, None], saturated, f32_to_fp8(value, fp8_kind(machine.architecture, kind), saturate=False))
+        return np.where(
+            clamps[:, None], saturated, f32_to_fp8(value, fp8_kind(machine.architecture, kind), saturate=False)
+        )
 
     return encode
 

@@ -1,8 +1,9 @@
 """What can be known of a kernel before it runs: from which argument each address comes, and which reads have no writer.
 
 A forward analysis over the control flow graph. At every instruction it knows, for each register, the set of kernel
-arguments from whose pointers its value may derive, and whether any path has written it. Values loaded from memory derive
-from no pointer, so an index from a table does not count; a value that went through LDS may derive from all that did.
+arguments from whose pointers its value may derive, and whether any path has written it. Values loaded from memory
+derive from no pointer, so an index from a table does not count; a value that went through LDS may derive from all that
+did.
 """
 
 from collections.abc import Iterable, Iterator
@@ -174,7 +175,9 @@ class _Analysis:
         if name.startswith("ds_read") or "_rtn_" in name:
             tags = self.through_lds
         elif name.startswith("scratch_load"):
-            return [(register, state.tags.get(_scratch_slot(step, word), NOTHING)) for word, register in enumerate(first)]
+            return [
+                (register, state.tags.get(_scratch_slot(step, word), NOTHING)) for word, register in enumerate(first)
+            ]
         elif name.startswith("v_cmp"):
             tags = NOTHING
         elif name == "v_readlane_b32" and (slot := _lane_slot(step)) in state.tags:
@@ -265,7 +268,8 @@ def _refuse(instruction: Instruction, unwritten: list[int]) -> Run:
 
 
 def analyse(kernel: Kernel, steps: list[Step]) -> None:
-    """Note on each instruction where its address comes from, and make one that reads what nobody wrote fail when it runs."""
+    """Note on each instruction where its address comes from, and make one that reads what nobody wrote fail when it
+    runs."""
     analysis = _Analysis(kernel, steps)
     analysis.solve()
     for start in sorted(analysis.before):

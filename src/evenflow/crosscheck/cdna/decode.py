@@ -1,4 +1,5 @@
-"""All instruction tables in one, and the step from parsed text to something executable. Owns no instruction of its own."""
+"""All instruction tables in one, and the step from parsed text to something executable. Owns no instruction of its
+own."""
 
 from evenflow.crosscheck.cdna.atomics import ATOMICS
 from evenflow.crosscheck.cdna.control import CONTROL

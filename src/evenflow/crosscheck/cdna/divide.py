@@ -1,7 +1,7 @@
 """Division: the three steps between which a compiler puts its Newton iterations, for float32 and float64.
 
-`v_div_scale` brings the operands into a range where the iterations neither overflow nor lose denormal bits, `v_div_fmas` is
-the last iteration and undoes the scale, `v_div_fixup` decides the special cases.
+`v_div_scale` brings the operands into a range where the iterations neither overflow nor lose denormal bits,
+`v_div_fmas` is the last iteration and undoes the scale, `v_div_fixup` decides the special cases.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ def _is_denormal(value: Array) -> Array:
     return (value != 0) & (np.abs(value) < np.finfo(value.dtype).tiny)
 
 
-def scale_operand(value: Array, denominator: Array, numerator: Array, form: _Format) -> tuple[Array, Array]:
+def scale_operand(form: _Format, value: Array, denominator: Array, numerator: Array) -> tuple[Array, Array]:
     """(value scaled, whether the quotient must be scaled back). value is one of the other two, with the same bits."""
     distance = _exponent(numerator, form) - _exponent(denominator, form)
     inverse_denormal, quotient_denormal = _is_denormal(1 / denominator), _is_denormal(numerator / denominator)
@@ -62,7 +62,7 @@ def scale_operand(value: Array, denominator: Array, numerator: Array, form: _For
     return scaled, np.select(cases, [False, True, False, True, False, True, False], False)
 
 
-def fix_up(quotient: Array, denominator: Array, numerator: Array, form: _Format) -> Array:
+def fix_up(form: _Format, quotient: Array, denominator: Array, numerator: Array) -> Array:
     """The quotient with its sign, or what the special case asks for."""
     dtype = quotient.dtype.type
     sign = np.where(np.signbit(numerator) ^ np.signbit(denominator), dtype(-1), dtype(1))
@@ -89,7 +89,7 @@ def _div_scale(form: _Format) -> Operation:
 
         def run(machine: Machine) -> None:
             arrays = (machine.broadcast(read(machine)) for read in (value, denominator, numerator))
-            scaled, is_scaled = scale_operand(*arrays, form)
+            scaled, is_scaled = scale_operand(form, *arrays)
             write(machine, scaled)
             write_mask(machine, is_scaled)
 
@@ -121,7 +121,7 @@ def _div_fixup(form: _Format) -> Operation:
         operands = expect(instruction, 4)
         readers = [reader(operand, form.kind) for operand in operands[1:]]
         write = writer(instruction, operands[0], form.kind)
-        return lambda machine: write(machine, fix_up(*[machine.broadcast(read(machine)) for read in readers], form))
+        return lambda machine: write(machine, fix_up(form, *[machine.broadcast(read(machine)) for read in readers]))
 
     return Operation(bind)
 

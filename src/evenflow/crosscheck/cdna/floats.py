@@ -1,15 +1,16 @@
 """Bit-exact number formats: fp16, bf16, four kinds of fp8 and fp4, to and from float32. Owns no instruction.
 
-Every conversion to a narrower format rounds to nearest, ties to even. Codes travel in uint32 arrays, low bits first used.
+Every conversion to a narrower format rounds to nearest, ties to even. Codes travel in uint32 arrays, low bits first
+used.
 """
 
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+# A numpy array. Its type says no more, because numpy's operators lose the dtype under a type checker.
+Array = Any
 
 # kind: (exponent bits, mantissa bits, bias, has infinities, has negative zero)
 FORMATS = {
@@ -61,8 +62,8 @@ def fp8_to_f32(code: Array, kind: str) -> Array:
 
 
 def f32_to_fp8(value: Array, kind: str, saturate: bool = True) -> Array:
-    """Codes (uint32) of the nearest representable values; what is too large, infinity included, becomes the largest finite
-    value if `saturate`, else infinity (or NaN where the kind has no infinity)."""
+    """Codes (uint32) of the nearest representable values; what is too large, infinity included, becomes the largest
+    finite value if `saturate`, else infinity (or NaN where the kind has no infinity)."""
     magnitudes = _finite_magnitudes(kind)
     largest = magnitudes[-1]
     value = np.asarray(value, np.float32)
@@ -104,7 +105,8 @@ def f16_to_f32(code: Array) -> Array:
 
 
 def f32_to_f16(value: Array) -> Array:
-    """Codes (uint32); numpy's cast rounds to nearest even and overflows to infinity. Takes float64 too (one rounding)."""
+    """Codes (uint32); numpy's cast rounds to nearest even and overflows to infinity. Takes float64 too (one
+    rounding)."""
     return np.ascontiguousarray(value).astype(np.float16).view(np.uint16).astype(np.uint32)
 
 
@@ -118,8 +120,8 @@ def f32_to_f16_toward_zero(value: Array) -> Array:
 def fma_f32(a: Array, b: Array, c: Array) -> Array:
     """a * b + c rounded once to float32.
 
-    The product is exact in float64. The sum is rounded to odd there (the last bit remembers that something was lost), so
-    that rounding it again to float32 cannot land on a false tie.
+    The product is exact in float64. The sum is rounded to odd there (the last bit remembers that something was lost),
+    so that rounding it again to float32 cannot land on a false tie.
     """
     product = np.asarray(a, np.float32).astype(np.float64) * np.asarray(b, np.float32)
     addend = np.asarray(c, np.float32).astype(np.float64)

@@ -1,8 +1,8 @@
 """Start the waves of some workgroups as the kernel's descriptor asks, and execute them to the end.
 
-Owns the calling convention (which scalar registers hold what) and the order of execution: of all waves that can run, those
-at the lowest instruction go together until they meet others, branch, wait at a barrier or end. Every few turns another
-group goes first, so that a wave that spins on memory does not keep out the one it waits for.
+Owns the calling convention (which scalar registers hold what) and the order of execution: of all waves that can run,
+those at the lowest instruction go together until they meet others, branch, wait at a barrier or end. Every few turns
+another group goes first, so that a wave that spins on memory does not keep out the one it waits for.
 """
 
 from dataclasses import dataclass, field
@@ -97,7 +97,12 @@ class Launch:
     def __post_init__(self) -> None:
         self.counts = np.zeros(len(self.steps), np.int64)
         self.layout = RegisterLayout.of(self.kernel)
-        rows = [operand.index + operand.count for step in self.steps for operand in step.instruction.operands if operand.kind == "v"]
+        rows = [
+            operand.index + operand.count
+            for step in self.steps
+            for operand in step.instruction.operands
+            if operand.kind == "v"
+        ]
         self.num_vector = max(rows, default=1)
 
     def run(self, groups: Array) -> None:

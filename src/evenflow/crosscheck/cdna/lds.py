@@ -35,13 +35,14 @@ class LocalMemory:
         self.races = races
 
     def locate(self, machine: Machine, instruction: Instruction, address: Array, size: int) -> Array:
-        """int64 [n, 64] byte indices; raises if an active lane leaves the workgroup's bytes. Idle lanes get the first byte."""
+        """int64 [n, 64] byte indices; raises if an active lane leaves the workgroup's bytes. Idle lanes get the first
+        byte."""
         address = machine.broadcast(address)
         bad = machine.active & ((address < 0) | (address + size > self.size))
         if bad.any():
             wave, lane = (int(part) for part in np.argwhere(bad)[0])
             raise OutOfBoundsError(
-                f"{instruction}: LDS access of {size} bytes at {int(address[wave, lane])}, the workgroup has {self.size}"
+                f"{instruction}: LDS access of {size} bytes at {int(address[wave, lane])} of {self.size}"
                 f" ({machine.describe(wave, lane)})"
             )
         return self.base[machine.waves][:, None] + np.where(machine.active, address, 0)
@@ -170,14 +171,16 @@ def _write_pair(size: int, stride: int) -> Operation:
 def transpose_lanes(bits: int) -> tuple[Array, Array]:
     """ds_read_b64_tr: (source lane, source element) [64, 64 // bits] of each lane's elements.
 
-    Sixteen lanes read a tile, each a run of `64 // bits` elements along the tile's rows; every lane gets one column. This
-    was inferred from compilers' use of the instruction, it is not taken from a manual.
+    Sixteen lanes read a tile, each a run of `64 // bits` elements along the tile's rows; every lane gets one column.
+    This was inferred from compilers' use of the instruction, it is not taken from a manual.
     """
     elements = 64 // bits
     lanes_per_row = 16 // elements
     lane, element = np.arange(64)[:, None], np.arange(elements)[None]
     column = lane & 15
-    return (lane & ~15) + element * lanes_per_row + column // elements, np.broadcast_to(column % elements, (64, elements))
+    return (lane & ~15) + element * lanes_per_row + column // elements, np.broadcast_to(
+        column % elements, (64, elements)
+    )
 
 
 def _read_transposed(bits: int) -> Operation:

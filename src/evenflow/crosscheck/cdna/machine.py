@@ -1,7 +1,8 @@
 """The registers of many waves at once, and the group of waves that executes now. Owns no instruction and no memory.
 
-Every register is an array over all waves of all workgroups in flight: vector registers uint32 [registers, waves, 64], scalar
-registers uint32 [128, waves]. Waves that stand at the same instruction execute it together; `waves` selects them.
+Every register is an array over all waves of all workgroups in flight: vector registers uint32 [registers, waves, 64],
+scalar registers uint32 [128, waves]. Waves that stand at the same instruction execute it together; `waves` selects
+them.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def to_mask(lanes: Array) -> Array:
 
 
 class Machine:
-    """State of all waves in flight. workgroup: [waves], the position of each wave's workgroup; coordinates: [workgroups, 3],
-    the place in the grid."""
+    """State of all waves in flight. workgroup: [waves], the position of each wave's workgroup; coordinates:
+    [workgroups, 3], the place in the grid."""
 
     def __init__(self, architecture: str, num_vector: int, workgroup: Array, coordinates: Array) -> None:
         self.architecture = architecture

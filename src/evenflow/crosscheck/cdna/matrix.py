@@ -1,8 +1,8 @@
 """Matrix instructions (MFMA): D = A B + C over one wave, in the register layout that AMD publishes.
 
-With M x N x K and B blocks, lane l holds row i = l % M of A (column j = l % N of B) in lane group g = l // M; block g % B;
-its E elements are k = (g // B) E + e. The results' layout is in `result_layout`. EXEC is ignored, as the hardware does.
-Sums are in float32 and in numpy's order, not the hardware's; products of float32 sources likewise.
+With M x N x K and B blocks, lane l holds row i = l % M of A (column j = l % N of B) in lane group g = l // M; block g %
+B; its E elements are k = (g // B) E + e. The results' layout is in `result_layout`. EXEC is ignored, as the hardware
+does. Sums are in float32 and in numpy's order, not the hardware's; products of float32 sources likewise.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,9 @@ from evenflow.crosscheck.cdna.operands import Operand
 from evenflow.crosscheck.cdna.operation import Operation, Run, expect, expect_register
 from evenflow.crosscheck.cdna.parser import Instruction
 
-ELEMENT_BITS = {"f64": 64, "f32": 32, "xf32": 32, "f16": 16, "bf16": 16, "i8": 8, "fp4": 4} | dict.fromkeys(FP8_KINDS, 8)
+ELEMENT_BITS = {"f64": 64, "f32": 32, "xf32": 32, "f16": 16, "bf16": 16, "i8": 8, "fp4": 4} | dict.fromkeys(
+    FP8_KINDS, 8
+)
 # What cbsz and blgp name in the f8f6f4 instructions; the 6-bit formats are not implemented.
 F8F6F4_KINDS = {0: "e4m3fn", 1: "e5m2", 4: "fp4"}
 SCALE_RUN = 32  # elements along k that share a scale
@@ -109,7 +111,8 @@ def _matrix(values: Array, size: int, shape: Shape) -> Array:
 
 
 def _wide_matrix(values: Array, size: int, shape: Shape, kind: str) -> Array:
-    """The same for f8f6f4. A lane's 32 codes of 8 bits are two runs of 16, half of K apart; its codes of 4 bits one run."""
+    """The same for f8f6f4. A lane's 32 codes of 8 bits are two runs of 16, half of K apart; its codes of 4 bits one
+    run."""
     if ELEMENT_BITS[kind] != 8:
         return _matrix(values, size, shape)
     lanes = values.reshape(len(values), WAVE // size, size, 2, 16)
@@ -144,7 +147,9 @@ def _wide_source(operand: Operand, size: int, shape: Shape, kind: str, scale: Re
         if scale is None:
             return matrix
         exponents = scale(machine).reshape(machine.count, WAVE // size, size).transpose(0, 2, 1)
-        factors = np.where(exponents == 255, np.float32(np.nan), np.ldexp(np.float32(1), exponents.astype(np.int32) - 127))
+        factors = np.where(
+            exponents == 255, np.float32(np.nan), np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)
+        )
         return matrix * np.repeat(factors, SCALE_RUN, axis=2)[:, None]
 
     return read
@@ -240,8 +245,17 @@ _SIZES = {
     "xf32": [(16, 8, 1), (32, 4, 1)],
     "f16": [(32, 4, 2), (16, 4, 4), (4, 4, 16), (32, 8, 1), (16, 16, 1), (32, 16, 1), (16, 32, 1)],
     "bf16": [(32, 4, 2), (16, 4, 4), (4, 4, 16), (32, 8, 1), (16, 16, 1), (32, 16, 1), (16, 32, 1)],
-    "i8": [(32, 4, 2), (16, 4, 4), (4, 4, 16), (32, 8, 1), (16, 16, 1)]
-    + [(32, 16, 1), (16, 32, 1), (32, 32, 1), (16, 64, 1)],
+    "i8": [
+        (32, 4, 2),
+        (16, 4, 4),
+        (4, 4, 16),
+        (32, 8, 1),
+        (16, 16, 1),
+        (32, 16, 1),
+        (16, 32, 1),
+        (32, 32, 1),
+        (16, 64, 1),
+    ],
     "f64": [(16, 4, 1), (4, 4, 4)],
 }
 # The first bf16 instructions, with half the depth; gfx90a still has them beside the newer "1k" ones.

@@ -116,8 +116,8 @@ class GlobalMemory:
         return self.store.bytes[start : start + allocation.num_bytes]
 
     def locate(self, machine: Machine, instruction: Instruction, address: Array, size: int, active: Array) -> Array:
-        """int64 indices; raises unless every active lane stays inside an allocation that its pointer may touch. Lanes that are not active
-        get an index of the guard gap at the start."""
+        """int64 indices; raises unless every active lane stays inside an allocation that its pointer may touch. Lanes
+        that are not active get an index of the guard gap at the start."""
         allowed = instruction.provenance
         if allowed and len(allowed) == 1 and (block := self._of_argument(allowed[0])) is not None:
             bad = (address < np.uint64(block.address)) | (address > np.uint64(max(block.end - size, 0)))
@@ -150,7 +150,9 @@ class GlobalMemory:
                 f"{instruction}: access of {size} bytes{through} lands in {landed[0].name}, at byte"
                 f" {target - landed[0].address} of {landed[0].num_bytes} ({where})"
             )
-        nearest = min(pointers or self.allocations, key=lambda block: min(abs(target - block.address), abs(target - block.end)))
+        nearest = min(
+            pointers or self.allocations, key=lambda block: min(abs(target - block.address), abs(target - block.end))
+        )
         raise OutOfBoundsError(
             f"{instruction}: access of {size} bytes{through} at 0x{target:x}, byte {target - nearest.address} of"
             f" {nearest.name}, which has {nearest.num_bytes} ({where})"

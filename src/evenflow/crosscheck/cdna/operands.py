@@ -1,7 +1,7 @@
 """Operands and modifiers of one instruction: text to data. Owns no instruction; `parser` reads whole files.
 
-Registers live in two files. Vector: v0 to v255 are rows 0 to 255, the accumulation registers a0 to a255 rows 256 to 511.
-Scalar: s0 to s105, then the named ones of `NAMED_SCALARS` at the numbers of the machine encoding.
+Registers live in two files. Vector: v0 to v255 are rows 0 to 255, the accumulation registers a0 to a255 rows 256 to
+511. Scalar: s0 to s105, then the named ones of `NAMED_SCALARS` at the numbers of the machine encoding.
 """
 
 import re
@@ -29,9 +29,9 @@ NAMED_SCALARS = {
 }
 FLAGS = set("offen idxen glc slc sc0 sc1 nt lds gds clamp row_mirror row_half_mirror".split())
 VALUED = set(
-    "offset offset0 offset1 op_sel op_sel_hi neg_lo neg_hi quad_perm row_shl row_shr row_ror row_newbcast row_bcast wave_shl"
-    " wave_shr wave_rol wave_ror row_mask bank_mask bound_ctrl dst_sel dst_unused src0_sel src1_sel cbsz abid blgp bitop3"
-    " mul div".split()
+    "offset offset0 offset1 op_sel op_sel_hi neg_lo neg_hi quad_perm row_shl row_shr row_ror row_newbcast row_bcast"
+    " wave_shl wave_shr wave_rol wave_ror row_mask bank_mask bound_ctrl dst_sel dst_unused src0_sel src1_sel cbsz abid blgp"
+    " bitop3 mul div".split()
 )
 # What each selection of a sub-dword operand means: (shift, mask).
 SELECTIONS = {
@@ -56,7 +56,8 @@ Modifiers = dict[str, Any]
 
 @dataclass
 class Operand:
-    """One operand. kind: "v", "s", "literal", "off" (no register), "scc", "label" or "function" (such as hwreg(...))."""
+    """One operand. kind: "v", "s", "literal", "off" (no register), "scc", "label" or "function" (such as
+    hwreg(...))."""
 
     kind: str
     text: str
@@ -71,7 +72,8 @@ class Operand:
     constants: dict[str, Array] = field(default_factory=dict)
 
     def constant(self, kind: str) -> Array:
-        """The literal's bits as an array of one element, for an operand of this type: u16, u32, u64, f16, f32 or f64."""
+        """The literal's bits as an array of one element, for an operand of this type: u16, u32, u64, f16, f32 or
+        f64."""
         if kind not in self.constants:
             self.constants[kind] = _literal_bits(self, kind)
         return self.constants[kind]

@@ -1,7 +1,7 @@
 """What the simulator knows of one mnemonic, and the builders that the instruction tables use. Owns no table.
 
-`bind` is called once for each line of code and returns the function that executes it, so that operands are looked up and
-checked before anything runs.
+`bind` is called once for each line of code and returns the function that executes it, so that operands are looked up
+and checked before anything runs.
 """
 
 from __future__ import annotations

@@ -54,7 +54,9 @@ def _encode_half(kind: str) -> Callable[[Machine, Array], Array]:
     return lambda machine, value: value.astype(np.uint32) & HALF
 
 
-def pair16(kind: str, count: int, compute: Callable[..., Array], saturated: Callable[..., Array] | None = None) -> Operation:
+def pair16(
+    kind: str, count: int, compute: Callable[..., Array], saturated: Callable[..., Array] | None = None
+) -> Operation:
     """Two 16-bit results in one register. saturated: what an integer instruction computes with `clamp`."""
 
     def bind(instruction: Instruction) -> Run:
@@ -129,7 +131,8 @@ def _bind_move(instruction: Instruction) -> Run:
 
 
 def _mixed(place: str) -> Operation:
-    """v_fma_mix: each source is a float32, or with op_sel_hi one half of a register. place: of the result, "" for float32."""
+    """v_fma_mix: each source is a float32, or with op_sel_hi one half of a register. place: of the result, "" for
+    float32."""
 
     def bind(instruction: Instruction) -> Run:
         operands = expect(instruction, 4)

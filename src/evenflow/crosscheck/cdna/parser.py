@@ -200,7 +200,9 @@ def _parse_arguments(lines: Iterable[str]) -> Iterable[Argument]:
 def _argument(entry: dict[str, str]) -> Argument:
     argument = Argument(int(entry[".offset"]), int(entry[".size"]), entry[".value_kind"])
     if argument.kind not in ("global_buffer", "by_value") and not argument.kind.startswith("hidden_"):
-        raise AssemblyError(f"kernel argument at offset {argument.offset}: value kind {argument.kind} is not implemented")
+        raise AssemblyError(
+            f"kernel argument at offset {argument.offset}: value kind {argument.kind} is not implemented"
+        )
     return argument
 
 

@@ -1,8 +1,8 @@
 """LDS race detector: two waves touch the same byte between two barriers, and at least one of them writes it.
 
-A wave that writes the value which is there already is no race: compilers let several waves store a value that all of them
-hold. Neither are two atomic operations. Owns the shadow of LDS: for each byte, the sets of waves that wrote, read and
-atomically changed it since the last barrier, one bit a wave.
+A wave that writes the value which is there already is no race: compilers let several waves store a value that all of
+them hold. Neither are two atomic operations. Owns the shadow of LDS: for each byte, the sets of waves that wrote, read
+and atomically changed it since the last barrier, one bit a wave.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class RaceDetector:
             shadow.of_byte[share] = 0
 
     def _waves(self, machine: Machine) -> Iterator[tuple[int, Array]]:
-        """(place in the workgroup, the active lanes of the waves at that place): waves that execute together may collide."""
+        """(place in the workgroup, the active lanes of the waves at that place): waves that execute together may
+        collide."""
         positions = self.position[machine.indices]
         for position in np.unique(positions):
             lanes = machine.active & (positions == position)[:, None]

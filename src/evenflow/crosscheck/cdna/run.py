@@ -1,7 +1,8 @@
-"""Run one compiled kernel on the simulator: arguments in, results written back, a report out. The way in to this package.
+"""Run one compiled kernel on the simulator: arguments in, results written back, a report out. The way in to this
+package.
 
-Pointers are numpy arrays or torch tensors; each storage gets an allocation of its own, and what the kernel wrote is copied
-back. Every access is checked; a kernel that does something wrong raises one of the errors in `errors`.
+Pointers are numpy arrays or torch tensors; each storage gets an allocation of its own, and what the kernel wrote is
+copied back. Every access is checked; a kernel that does something wrong raises one of the errors in `errors`.
 """
 
 import struct
@@ -69,7 +70,7 @@ def _storage_bytes(argument: Any) -> tuple[Array, int]:
     if not isinstance(argument, torch.Tensor) or argument.device.type != "cpu":
         raise TypeError(f"a pointer argument must be a numpy array or a CPU tensor, not {type(argument).__name__}")
     raw = torch.empty(0, dtype=torch.uint8).set_(argument.untyped_storage())
-    return raw.numpy(), argument.storage_offset() * argument.element_size()
+    return raw.numpy(), int(argument.storage_offset()) * argument.element_size()
 
 
 def _describe(position: int, argument: Any) -> str:
@@ -85,7 +86,10 @@ def _upload(memory: GlobalMemory, pointers: dict[int, tuple[Array, int]], args: 
         by_storage.setdefault(key, []).append(position)
     blocks = {}
     for positions in by_storage.values():
-        data, name = pointers[positions[0]][0], " and ".join(_describe(position, args[position]) for position in positions)
+        data, name = (
+            pointers[positions[0]][0],
+            " and ".join(_describe(position, args[position]) for position in positions),
+        )
         block = memory.allocate(data, name, tuple(positions))
         blocks.update(dict.fromkeys(positions, block))
     return blocks
@@ -106,16 +110,15 @@ def _pack(declared: Argument, value: Any) -> bytes:
 
 
 def _hidden_values(grid: Sequence[int], num_warps: int) -> dict[str, int]:
-    """What the launch tells the kernel unasked; everything else of that kind is 0, and a null pointer if it is followed."""
+    """What the launch tells the kernel unasked; everything else of that kind is 0, and a null pointer if it is
+    followed."""
     group_sizes = (num_warps * WAVE, 1, 1)
     counts = {f"hidden_block_count_{axis}": size for axis, size in zip("xyz", grid, strict=True)}
     sizes = {f"hidden_group_size_{axis}": size for axis, size in zip("xyz", group_sizes, strict=True)}
     return {**counts, **sizes, "hidden_grid_dims": 1}
 
 
-def _argument_segment(
-    kernel: Kernel, args: Sequence[Any], addresses: dict[int, int], hidden: dict[str, int]
-) -> Array:
+def _argument_segment(kernel: Kernel, args: Sequence[Any], addresses: dict[int, int], hidden: dict[str, int]) -> Array:
     """The bytes that the kernel finds its arguments in. Trailing pointers that the caller does not give are null."""
     declared = [item for item in kernel.arguments if not item.is_hidden]
     if len(args) > len(declared) or not all(item.is_pointer for item in declared[len(args) :]):
@@ -160,10 +163,11 @@ def run_kernel(
 ) -> RunReport:
     """Execute a compiled kernel over the whole grid; arrays and tensors among `args` are changed in place.
 
-    assembly: the `amdgcn` text. args: pointers (numpy arrays or CPU tensors; None is a null pointer), ints and floats, as
-    the kernel declares them. shared_bytes: LDS that the launch adds to what the text declares. preload: start where
+    assembly: the `amdgcn` text. args: pointers (numpy arrays or CPU tensors; None is a null pointer), ints and floats,
+    as the kernel declares them. shared_bytes: LDS that the launch adds to what the text declares. preload: start where
     firmware that preloads arguments does. max_workgroups run at a time; a kernel whose workgroups wait for each other
-    needs all of them. Raises AssemblyError for what is not implemented and a SimulationError for what the kernel does wrong.
+    needs all of them. Raises AssemblyError for what is not implemented and a SimulationError for what the kernel does
+    wrong.
     """
     kernel, steps = prepare(assembly, arch)
     lds_bytes = kernel.descriptor.get("group_segment_fixed_size", 0) + shared_bytes
@@ -178,7 +182,9 @@ def run_kernel(
     memory = GlobalMemory(total + 4 * (GUARD_BYTES + ALIGNMENT) + 16 * len(kernel.arguments))
     blocks = _upload(memory, pointers, args)
     addresses = {position: blocks[position].address + start for position, (_, start) in pointers.items()}
-    segment = memory.allocate(_argument_segment(kernel, args, addresses, _hidden_values(grid, num_warps)), "the kernel's arguments", (-1,))
+    segment = memory.allocate(
+        _argument_segment(kernel, args, addresses, _hidden_values(grid, num_warps)), "the kernel's arguments", (-1,)
+    )
 
     entry = kernel.entry if preload else 0
     launch = Launch(

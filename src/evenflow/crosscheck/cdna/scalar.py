@@ -1,4 +1,5 @@
-"""Scalar instructions: arithmetic with SCC, compares, bit fields, EXEC masks, scalar loads. Owns no branch (see `control`).
+"""Scalar instructions: arithmetic with SCC, compares, bit fields, EXEC masks, scalar loads. Owns no branch (see
+`control`).
 
 Each entry of a table is a plain function of unsigned numpy arrays [n]; the builders below wrap it with operand access.
 A `carry` function gives SCC; without one SCC is "the result is not 0", and `scc=None` leaves SCC alone.
@@ -73,8 +74,8 @@ def alu(
     scc: Callable[..., Array] | bool | None = True,
     updates: bool = False,
 ) -> Operation:
-    """destination = compute(sources). widths: of the destination, then of the sources. scc: a function of (result, sources),
-    True for "result is not 0", None to leave it. updates: the destination's old value is the first source."""
+    """destination = compute(sources). widths: of the destination, then of the sources. scc: a function of (result,
+    sources), True for "result is not 0", None to leave it. updates: the destination's old value is the first source."""
 
     def bind(instruction: Instruction) -> Run:
         operands = expect(instruction, len(widths) - updates)

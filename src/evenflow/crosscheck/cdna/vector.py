@@ -16,7 +16,7 @@ from evenflow.crosscheck.cdna.access import (
 )
 from evenflow.crosscheck.cdna.errors import AssemblyError
 from evenflow.crosscheck.cdna.floats import Array, fma_f32
-from evenflow.crosscheck.cdna.machine import Machine, high, join, low
+from evenflow.crosscheck.cdna.machine import Machine, join, low
 from evenflow.crosscheck.cdna.operands import EXEC, parse_operand
 from evenflow.crosscheck.cdna.operation import Operation, Run, expect
 from evenflow.crosscheck.cdna.parser import Instruction
@@ -52,7 +52,10 @@ def alu(
         inputs = operands[1:] + operands[:1] * updates
         select_sources(instruction, operands[1:])
         move = lane_move(instruction)
-        readers = [reader(operand, kind, None if i else move) for i, (operand, kind) in enumerate(zip(inputs, kinds, strict=True))]
+        readers = [
+            reader(operand, kind, None if i else move)
+            for i, (operand, kind) in enumerate(zip(inputs, kinds, strict=True))
+        ]
         write = writer(instruction, operands[0], result, move)
         function = compute
         if result[0] in "ui" and "clamp" in instruction.modifiers:
@@ -118,8 +121,6 @@ def _bind_select(instruction: Instruction) -> Run:
     return lambda machine: write(machine, np.where(mask(machine), b(machine), a(machine)))
 
 
-
-
 def _multiply_add_64(product: Callable[[Array, Array], Array]) -> Operation:
     """v_mad_u64_u32: (64-bit sum, carry mask) = a * b + c."""
 
@@ -160,8 +161,8 @@ def _wide_signed_product(a: Array, b: Array) -> Array:
 
 
 def permute_bytes(a: Array, b: Array, selector: Array) -> Array:
-    """v_perm: each byte of the selector picks one of eight bytes (b's are 0 to 3, a's 4 to 7), a sign (8 to 11: of bytes
-    1, 3, 5 and 7), 0 (12) or 0xFF (above)."""
+    """v_perm: each byte of the selector picks one of eight bytes (b's are 0 to 3, a's 4 to 7), a sign (8 to 11: of
+    bytes 1, 3, 5 and 7), 0 (12) or 0xFF (above)."""
     eight = join(b, a)
     result = np.zeros(np.broadcast(a, b, selector).shape, np.uint32)
     for place in range(4):
@@ -174,7 +175,7 @@ def permute_bytes(a: Array, b: Array, selector: Array) -> Array:
     return result
 
 
-def truth_table(a: Array, b: Array, c: Array, table: int) -> Array:
+def truth_table(table: int, a: Array, b: Array, c: Array) -> Array:
     """v_bitop3: bit (4 a + 2 b + c) of the table, for each bit of the operands."""
     result = np.zeros(np.broadcast(a, b, c).shape, np.uint32)
     for row in range(8):
@@ -189,7 +190,7 @@ def _bind_bitop3(instruction: Instruction) -> Run:
     readers = [reader(operand, kind) for operand in operands[1:]]
     write = writer(instruction, operands[0], kind)
     table = instruction.modifiers.get("bitop3", 0)
-    return lambda machine: write(machine, truth_table(*[read(machine) for read in readers], table))
+    return lambda machine: write(machine, truth_table(table, *[read(machine) for read in readers]))
 
 
 CLASSES = "signaling_nan quiet_nan -inf -normal -denormal -0 +0 +denormal +normal +inf".split()
@@ -289,8 +290,12 @@ INTEGER: dict[str, Operation] = {
     "v_max3_u32": alu("u32", "u32 u32 u32", lambda a, b, c: np.maximum(np.maximum(a, b), c)),
     "v_min3_i32": alu("i32", "i32 i32 i32", lambda a, b, c: np.minimum(np.minimum(a, b), c)),
     "v_max3_i32": alu("i32", "i32 i32 i32", lambda a, b, c: np.maximum(np.maximum(a, b), c)),
-    "v_med3_u32": alu("u32", "u32 u32 u32", lambda a, b, c: np.maximum(np.minimum(a, b), np.minimum(np.maximum(a, b), c))),
-    "v_med3_i32": alu("i32", "i32 i32 i32", lambda a, b, c: np.maximum(np.minimum(a, b), np.minimum(np.maximum(a, b), c))),
+    "v_med3_u32": alu(
+        "u32", "u32 u32 u32", lambda a, b, c: np.maximum(np.minimum(a, b), np.minimum(np.maximum(a, b), c))
+    ),
+    "v_med3_i32": alu(
+        "i32", "i32 i32 i32", lambda a, b, c: np.maximum(np.minimum(a, b), np.minimum(np.maximum(a, b), c))
+    ),
     "v_mul_lo_u32": alu("u32", "u32 u32", lambda a, b: a * b),
     "v_mul_hi_u32": alu("u32", "u32 u32", lambda a, b: high_product(a, b, False)),
     "v_mul_hi_i32": alu("u32", "u32 u32", lambda a, b: high_product(a, b, True)),
@@ -312,7 +317,9 @@ INTEGER: dict[str, Operation] = {
     "v_bfe_i32": alu("u32", "u32 u32 u32", lambda a, b, c: bit_field(a, b & LOW5, c & LOW5, True)),
     "v_bfm_b32": alu("u32", "u32 u32", lambda a, b: ((ONE << (a & LOW5)) - ONE) << (b & LOW5)),
     "v_alignbit_b32": alu("u32", "u32 u32 u32", lambda a, b, c: low(join(b, a) >> (c & LOW5).astype(np.uint64))),
-    "v_alignbyte_b32": alu("u32", "u32 u32 u32", lambda a, b, c: low(join(b, a) >> ((c & U32(3)) * U32(8)).astype(np.uint64))),
+    "v_alignbyte_b32": alu(
+        "u32", "u32 u32 u32", lambda a, b, c: low(join(b, a) >> ((c & U32(3)) * U32(8)).astype(np.uint64))
+    ),
     "v_perm_b32": alu("u32", "u32 u32 u32", permute_bytes),
     "v_bitop3_b32": Operation(_bind_bitop3, modifiers=frozenset({"bitop3"})),
     "v_bitop3_b16": Operation(_bind_bitop3, modifiers=frozenset({"bitop3"})),

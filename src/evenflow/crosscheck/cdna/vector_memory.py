@@ -1,7 +1,7 @@
 """Loads and stores outside LDS: s_load, global, buffer and scratch instructions, and loads straight into LDS.
 
-A buffer access beyond its descriptor's size is no error: loads give 0 and stores are dropped, which is how compilers mask
-them. Scratch accesses on gfx90a are buffer instructions whose descriptor the launch has marked.
+A buffer access beyond its descriptor's size is no error: loads give 0 and stores are dropped, which is how compilers
+mask them. Scratch accesses on gfx90a are buffer instructions whose descriptor the launch has marked.
 """
 
 from collections.abc import Callable
@@ -90,7 +90,9 @@ def global_address(instruction: Instruction, address: Operand, base: Operand) ->
     return from_base
 
 
-def buffer_address(instruction: Instruction, offset: Operand, descriptor: Operand, base: Operand, size: int) -> Addressing:
+def buffer_address(
+    instruction: Instruction, offset: Operand, descriptor: Operand, base: Operand, size: int
+) -> Addressing:
     """Descriptor base plus offsets; lanes beyond the descriptor's size do not access."""
     first = expect_register(descriptor, "s", 4)
     constant = np.uint64(instruction.modifiers.get("offset", 0))

@@ -1,9 +1,9 @@
 """Wait-count checker: on the instructions that a wave executed, is every result of a memory operation waited for?
 
-A register that a load writes must be neither read nor written before an `s_waitcnt` that covers the load. Operations of one
-counter finish in order, except that scalar loads finish in any order, among themselves and beside LDS operations. Sources of
-stores need no wait on these architectures: they are read when the instruction issues. A barrier must not be passed while
-writes to LDS are under way. Owns no execution; it reads the segments that `launch` recorded.
+A register that a load writes must be neither read nor written before an `s_waitcnt` that covers the load. Operations of
+one counter finish in order, except that scalar loads finish in any order, among themselves and beside LDS operations.
+Sources of stores need no wait on these architectures: they are read when the instruction issues. A barrier must not be
+passed while writes to LDS are under way. Owns no execution; it reads the segments that `launch` recorded.
 """
 
 from collections.abc import Iterable, Sequence
@@ -112,7 +112,8 @@ class _Pending:
 
 
 def check_trace(facts: Sequence[_Facts], trace: Iterable[tuple[int, int]]) -> None:
-    """Check what one wave executed. trace: (first, end) of runs of consecutive instructions. Raises MissingWaitError."""
+    """Check what one wave executed. trace: (first, end) of runs of consecutive instructions. Raises
+    MissingWaitError."""
     pending = _Pending()
     for first, end in trace:
         for place in range(first, end):
@@ -134,7 +135,8 @@ def check_waits(steps: Sequence[Step], segments: Sequence[Segment]) -> None:
 
 
 def _traces(segments: Sequence[Segment]) -> list[tuple[tuple[int, int], ...]]:
-    """For each wave the runs that it executed; runs that follow each other are joined, so that equal paths compare equal."""
+    """For each wave the runs that it executed; runs that follow each other are joined, so that equal paths compare
+    equal."""
     num_waves = 1 + max((int(waves.max()) for waves, _, _ in segments), default=-1)
     paths: list[list[tuple[int, int]]] = [[] for _ in range(num_waves)]
     for waves, first, end in segments:
