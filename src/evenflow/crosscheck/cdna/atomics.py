@@ -76,7 +76,7 @@ def _integer(size: int) -> dict[str, Atomic]:
 
 def _float(dtype: type, unsigned: type, compute: Callable[..., Array]) -> Atomic:
     def apply(old: int, value: int) -> int:
-        pair = np.array([old, value], unsigned).view(dtype)
+        pair: Array = np.array([old, value], unsigned).view(dtype)
         return int(np.asarray(compute(pair[:1], pair[1:]), dtype).view(unsigned)[0])
 
     return Atomic(np.dtype(dtype).itemsize, apply)

@@ -25,10 +25,11 @@ class _Format:
     far: int  # exponents so far apart give a quotient near the largest number
     tiny: int  # a numerator with a biased exponent up to this loses bits
     underflow: int
+    overflow: int
 
 
-SINGLE = _Format("f32", 23, 0xFF, 64, 96, 23, -150)
-DOUBLE = _Format("f64", 52, 0x7FF, 128, 768, 53, -1075)
+SINGLE = _Format("f32", 23, 0xFF, 64, 96, 23, -150, 128)
+DOUBLE = _Format("f64", 52, 0x7FF, 128, 768, 53, -1075, 1024)
 
 
 def _exponent(value: Array, form: _Format) -> Array:
@@ -56,7 +57,8 @@ def scale_operand(form: _Format, value: Array, denominator: Array, numerator: Ar
         _exponent(numerator, form) <= form.tiny,
     ]
     up = np.full(cases[0].shape, form.scale)
-    powers = [0, up * is_denominator, up, up * is_denominator, -up, up * is_numerator, up]
+    # Scaling a denominator up whose inverse is denormal would overflow: the fourth case must mean down.
+    powers = [0, up * is_denominator, up, -up * is_denominator, -up, up * is_numerator, up]
     scaled = np.ldexp(value, np.select(cases, powers, 0).astype(np.int32))
     scaled = np.where(cases[0], np.array(np.nan, value.dtype), scaled)
     return scaled, np.select(cases, [False, True, False, True, False, True, False], False)
@@ -76,6 +78,8 @@ def fix_up(form: _Format, quotient: Array, denominator: Array, numerator: Array)
         "large": ((denominator == 0) | np.isinf(numerator), infinite),
         "small": (np.isinf(denominator) | (numerator == 0), zero),
         "underflow": (distance < form.underflow, zero),
+        # Not in the manuals' list; here the iterations before give NaN, and IEEE asks for infinity.
+        "overflow": (distance > form.overflow, infinite),
     }
     conditions, values = zip(*cases.values(), strict=True)
     return np.select(conditions, values, sign * np.abs(quotient)).astype(quotient.dtype)
@@ -107,9 +111,12 @@ def _div_fmas(form: _Format) -> Operation:
 
         def run(machine: Machine) -> None:
             addend = c(machine)
-            total = fma_f32(a(machine), b(machine), addend) if form is SINGLE else a(machine) * b(machine) + addend
             power = np.where(_exponent(addend, form) > middle, form.scale, -form.scale)
-            write(machine, np.ldexp(total, np.where(is_scaled(machine), power, 0).astype(np.int32)))
+            power = np.where(is_scaled(machine), power, 0).astype(np.int32)
+            if form is SINGLE:
+                write(machine, fma_f32(a(machine), b(machine), addend, power))
+            else:
+                write(machine, np.ldexp(a(machine) * b(machine) + addend, power))
 
         return run
 

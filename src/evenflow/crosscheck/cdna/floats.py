@@ -117,20 +117,24 @@ def f32_to_f16_toward_zero(value: Array) -> Array:
     return np.where(too_large, code - np.uint32(1), code).astype(np.uint32)
 
 
-def fma_f32(a: Array, b: Array, c: Array) -> Array:
-    """a * b + c rounded once to float32.
+def fma_f32(a: Array, b: Array, c: Array, power: Array = 0) -> Array:
+    """(a * b + c) * 2**power rounded once to float32.
 
-    The product is exact in float64. The sum is rounded to odd there (the last bit remembers that something was lost),
-    so that rounding it again to float32 cannot land on a false tie.
+    The product is exact in float64 and the sum nearly so. Rounding the sum again to float32 goes wrong only where it
+    looks like a tie and is not: there it is rounded to odd first (the last bit remembers that something was lost).
     """
     product = np.asarray(a, np.float32).astype(np.float64) * np.asarray(b, np.float32)
     addend = np.asarray(c, np.float32).astype(np.float64)
     total = np.atleast_1d(product + addend)
+    bits = total.view(np.int64)
+    result = np.ldexp(total, power)
+    looks_like_tie = (bits & 0x1FFFFFFF) == 0x10000000
+    is_denormal = (np.abs(result) < np.finfo(np.float32).tiny) & (result != 0)
+    if not (looks_like_tie | is_denormal).any():
+        return result.astype(np.float32)
     part = total - product
     error = (product - (total - part)) + (addend - part)  # Knuth's two-sum: total + error is exact
-    bits = total.view(np.int64)
     inexact = np.isfinite(total) & (error != 0) & (bits & 1 == 0)
-    # Toward zero when the error points inward, then the last bit is set; outward sets the bit only.
-    step = np.where((error > 0) == (total > 0), 1, -1)
-    odd = np.where(inexact, bits + step, bits).view(np.float64)
-    return odd.astype(np.float32)
+    inward = (error > 0) == (total > 0)
+    odd = np.where(inexact, bits + np.where(inward, 1, -1), bits).view(np.float64)
+    return np.ldexp(odd, power).astype(np.float32)

@@ -29,9 +29,9 @@ NAMED_SCALARS = {
 }
 FLAGS = set("offen idxen glc slc sc0 sc1 nt lds gds clamp row_mirror row_half_mirror".split())
 VALUED = set(
-    "offset offset0 offset1 op_sel op_sel_hi neg_lo neg_hi quad_perm row_shl row_shr row_ror row_newbcast row_bcast"
-    " wave_shl wave_shr wave_rol wave_ror row_mask bank_mask bound_ctrl dst_sel dst_unused src0_sel src1_sel cbsz abid blgp"
-    " bitop3 mul div".split()
+    "offset offset0 offset1 op_sel op_sel_hi neg_lo neg_hi quad_perm row_shl row_shr row_ror row_newbcast"
+    " row_bcast wave_shl wave_shr wave_rol wave_ror row_mask bank_mask bound_ctrl dst_sel dst_unused src0_sel"
+    " src1_sel cbsz abid blgp bitop3 mul div".split()
 )
 # What each selection of a sub-dword operand means: (shift, mask).
 SELECTIONS = {

@@ -47,8 +47,7 @@ class RaceDetector:
             shadow.of_byte[share] = 0
 
     def _waves(self, machine: Machine) -> Iterator[tuple[int, Array]]:
-        """(place in the workgroup, the active lanes of the waves at that place): waves that execute together may
-        collide."""
+        """(place in the workgroup, active lanes of the waves there). Waves that execute together may collide."""
         positions = self.position[machine.indices]
         for position in np.unique(positions):
             lanes = machine.active & (positions == position)[:, None]
