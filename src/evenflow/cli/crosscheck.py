@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,11 +63,9 @@ def run(args: argparse.Namespace) -> int:
 def triton_version() -> str:
     """Raises ValueError where there is no triton."""
     try:
-        import triton
+        return str(import_module("triton").__version__)
     except ImportError as error:
         raise ValueError(f"crosscheck needs triton ({error}); install it: pip install triton") from error
-    version: str = triton.__version__
-    return version
 
 
 def _all_specializations() -> "Specializations":

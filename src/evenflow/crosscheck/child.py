@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from evenflow.crosscheck.artefacts import Code, loads_per_argument, ptxas_complaints, read_amdgcn, read_dots, read_sass
-from evenflow.crosscheck.compiling import Compiled, Job, Resources, stderr_path
+from evenflow.crosscheck.compiling import Compiled, Job, Resources, is_kv_cache, stderr_path
 from evenflow.crosscheck.targets import Target, find_target, occupancy
 
 if TYPE_CHECKING:
@@ -28,25 +28,38 @@ MAX_ERROR_CHARS = 4000
 
 def make(specialization: "Specialization", target: Target) -> Any:
     """Compile for `target`: triton's CompiledKernel, with `asm` and `metadata`. Raises whatever triton raises."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    return make_kernel(find_kernel(specialization.kernel), specialization, target)
 
-    kernel = find_kernel(specialization.kernel)
+
+def make_kernel(kernel: Any, specialization: "Specialization", target: Target) -> Any:
+    """The same of a @triton.jit function at hand."""
+    triton, backends, compiler = (
+        import_module(name) for name in ("triton", "triton.backends.compiler", "triton.compiler")
+    )
     names, constexprs = kernel.arg_names, specialization.constexprs
     _check_names(specialization, names)
-    source = ASTSource(
+    source = compiler.ASTSource(
         fn=kernel,
         signature={name: "constexpr" if name in constexprs else specialization.signature[name] for name in names},
         constexprs={(names.index(name),): value for name, value in constexprs.items()},
-        # What the launcher would find at run time; without it, loads stay narrow.
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in specialization.aligned},
+        attrs={
+            (position,): facts for position, name in enumerate(names) if (facts := _facts(name, specialization, target))
+        },
     )
     return triton.compile(
         source,
-        target=GPUTarget(target.backend, target.triton_arch, target.warp_size),
+        target=backends.GPUTarget(target.backend, target.triton_arch, target.warp_size),
         options={"num_warps": specialization.num_warps, "num_stages": specialization.num_stages},
     )
+
+
+def _facts(name: str, specialization: "Specialization", target: Target) -> list[list[object]]:
+    """What triton's launcher would find out about an argument; without it, loads stay narrow."""
+    facts: list[list[object]] = [["tt.divisibility", 16]] if name in specialization.aligned else []
+    is_pointer = specialization.signature.get(name, "").startswith("*")
+    if target.is_amd and is_pointer and not is_kv_cache(name):
+        facts.append(["tt.pointer_range", 32])  # tensors under 2 GiB, which only the cache is not: buffer instructions
+    return facts
 
 
 def read(made: Any, specialization: "Specialization", target: Target) -> Resources:
@@ -89,9 +102,7 @@ def find_kernel(path: str) -> Any:
 
 
 def _read_cubin(cubin: bytes) -> Code:
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tools = Path(str(import_module("triton").__file__)).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -138,8 +149,7 @@ def _attempt(specialization: "Specialization", target: Target, stderr: Path) -> 
 
 def _import_all(job: Job) -> None:
     """Before the first compile, so that what an import prints or costs is no kernel's fault."""
-    import triton.compiler  # noqa: F401
-
+    import_module("triton.compiler")
     for path in sorted({specialization.kernel for specialization in job.specializations}):
         try:
             find_kernel(path)

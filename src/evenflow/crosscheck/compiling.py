@@ -88,6 +88,11 @@ def label_of(kernel: str, name: str) -> str:
     return f"{function_of(kernel)}/{name}"
 
 
+def is_kv_cache(argument: str) -> bool:
+    """Kernels name the arguments that point into the KV cache so: k_cache_ptr, v_cache_ptr, kv_cache_ptr."""
+    return "cache" in argument
+
+
 def stderr_path(job_path: str, index: int) -> Path:
     """Where the child leaves what the compiler wrote to standard error for the job's kernel `index`."""
     return Path(job_path).with_suffix(f".{index}.stderr")

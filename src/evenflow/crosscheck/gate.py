@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from evenflow.crosscheck.artefacts import Dot
 from evenflow.crosscheck.budgets import Budgets
-from evenflow.crosscheck.compiling import Compiled, Resources
+from evenflow.crosscheck.compiling import Compiled, Resources, is_kv_cache
 from evenflow.crosscheck.targets import Target, find_target
 
 GROWTH_LIMIT = 1.10
@@ -86,11 +86,6 @@ def _speed(resources: Resources, target: Target) -> Iterator[Finding]:
             loads = ", ".join(f"{count} of {width} bytes" for width, count in narrow.items())
             fix = "Name the argument and its strides in `aligned`; a lane should read 16 neighbouring bytes"
             yield "narrow loads", f"{argument} is read by loads of less than {WIDE_LOAD_BYTES} bytes: {loads}", fix
-
-
-def is_kv_cache(argument: str) -> bool:
-    """Kernels name the arguments that point into the KV cache so: k_cache_ptr, v_cache_ptr, kv_cache_ptr."""
-    return "cache" in argument
 
 
 def _belongs_on_matrix_units(dot: Dot, target: Target) -> bool:
