@@ -155,7 +155,7 @@ def _run_child(job: Job, folder: Path, timeout_s: float) -> Iterator[Compiled]:
             [sys.executable, "-m", "evenflow.crosscheck.child", str(job_path)],
             stdout=subprocess.PIPE,
             stderr=stderr,
-            env=_environment(folder / "cache"),
+            env=child_environment(folder / "cache"),
         ) as child,
     ):
         started = next(_lines(child, TIMEOUT_S), None) is not None
@@ -164,10 +164,10 @@ def _run_child(job: Job, folder: Path, timeout_s: float) -> Iterator[Compiled]:
             yield msgspec.json.decode(line, type=Compiled)
         code = child.wait()
     if not started:  # triton itself, not a kernel
-        reason = f"the compiling process did not start ({_how_it_ended(code, timeout_s)})"
+        reason = f"the compiling process did not start ({how_it_ended(code, timeout_s)})"
         yield from (_failed(job, i, reason, startup) for i in range(len(job.specializations)))
     elif index < len(job.specializations):
-        reason = f"the compiler died ({_how_it_ended(code, timeout_s)})"
+        reason = f"the compiler died ({how_it_ended(code, timeout_s)})"
         yield _failed(job, index, reason, stderr_path(str(job_path), index))
 
 
@@ -186,7 +186,8 @@ def _lines(child: "subprocess.Popen[bytes]", timeout_s: float) -> Iterator[bytes
         yield line
 
 
-def _how_it_ended(code: int, timeout_s: float) -> str:
+def how_it_ended(code: int, timeout_s: float = TIMEOUT_S) -> str:
+    """A process's exit code in words."""
     if code == -signal.SIGKILL:
         return f"killed: out of memory, or more than {timeout_s:.0f} s"
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -205,7 +206,7 @@ def _failed(job: Job, index: int, reason: str, stderr: Path) -> Compiled:
     )
 
 
-def _environment(cache: Path) -> dict[str, str]:
+def child_environment(cache: Path) -> dict[str, str]:
     """Ours, without the compilers' switches: the result must not depend on what a developer has set."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(COMPILER_SWITCHES)}
     return kept | {
