@@ -18,7 +18,7 @@ COMMANDS = {
     "generate": "complete a prompt",
     "chat": "talk with a model",
     "plan": "does a model fit a GPU, and how fast can it be?",
-    "crosscheck": "compile the GPU kernels for every architecture, and judge the code",
+    "crosscheck": "check the GPU kernels, for every architecture, without a GPU",
     "doctor": "what is on this machine, and what is wrong with it",
 }
 EXAMPLES = """examples:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,23 @@ def _run_target(arch: str, labels: list[str], folder: Path, on_result: Callable[
 def all_cases() -> dict[str, tuple[Case, str]]:
     """(case, dtype) by label."""
     return {case.label(dtype): (case, dtype) for case in CASES for dtype in case.dtypes}
+
+
+def select_runs(archs: list[str] | None = None, kernels: list[str] | None = None) -> tuple[list[str], list[str]]:
+    """(architectures, labels) that were asked for; None asks for all. Raises ValueError for what cannot be run."""
+    for arch in archs or ():
+        if find_target(arch).arch not in ARCHS:
+            raise ValueError(f"target {arch!r} has no simulator; `run` knows {', '.join(ARCHS)}")
+    labels = [label for label in all_cases() if not kernels or any(_matches(label, pattern) for pattern in kernels)]
+    for pattern in kernels or ():
+        if not any(_matches(label, pattern) for label in labels):
+            ops = dict.fromkeys(case.op for case in CASES)
+            raise ValueError(f"kernel {pattern!r} has no case to run; there are cases of {', '.join(ops)}")
+    return list(dict.fromkeys(archs or ARCHS)), labels
+
+
+def _matches(label: str, pattern: str) -> bool:
+    return fnmatchcase(label, pattern) or fnmatchcase(label.partition("/")[0], pattern)
 
 
 def run_case(case: Case, dtype: str, arch: str) -> Ran:

@@ -1,4 +1,6 @@
-"""Results as tables for a terminal: one per target, a row per kernel, or per specialization when few were asked for."""
+"""Results as tables for a terminal. Compiled: one per target, a row per kernel, or per specialization when few were
+asked for. Run: one table.
+"""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -8,6 +10,7 @@ from rich.table import Table
 from evenflow.crosscheck.budgets import Budgets
 from evenflow.crosscheck.compiling import Compiled, Resources, function_of
 from evenflow.crosscheck.gate import Failure
+from evenflow.crosscheck.running import Ran
 from evenflow.crosscheck.targets import Target
 
 COLUMNS = (
@@ -43,6 +46,24 @@ def target_table(
         title = name if per_specialization else f"{name} ({len(members)})"
         table.add_row(title, *_cells(target, members, budgets), f"[red]{', '.join(broken)}[/red]" if broken else "")
     return table
+
+
+def runs_table(runs: list[Ran]) -> Table:
+    """A row per case, a column per target: the error over what is allowed."""
+    archs = list(dict.fromkeys(ran.target for ran in runs))
+    table = Table(title="error over what is allowed", title_justify="left", box=None, header_style="bold")
+    table.add_column("case")
+    for arch in archs:
+        table.add_column(arch, justify="right")
+    found = {(ran.label, ran.target): ran for ran in runs}
+    for label in dict.fromkeys(ran.label for ran in runs):
+        table.add_row(label, *(_run_cell(found[label, arch]) for arch in archs))
+    return table
+
+
+def _run_cell(ran: Ran) -> str:
+    text = "fails" if ran.error_ratio is None else f"{ran.error_ratio:.0%}"
+    return f"[red]{text}[/red]" if ran.failure else text
 
 
 def _cells(target: Target, members: list[Compiled], budgets: Budgets) -> list[str]:
