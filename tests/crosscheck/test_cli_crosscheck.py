@@ -15,7 +15,8 @@ from evenflow.crosscheck import budgets
 from evenflow.crosscheck.budgets import Budgets
 from evenflow.crosscheck.compiling import Job, label_of
 from evenflow.crosscheck.gate import judge
-from evenflow.crosscheck.report import to_html
+from evenflow.crosscheck.report import Results, to_html
+from evenflow.crosscheck.running import Ran
 from evenflow.crosscheck.selection import select
 
 
@@ -56,7 +57,7 @@ def test_budgets_are_recorded_then_kept(capsys, tmp_path):
     code, out, _ = run(capsys, *arguments)
     assert code == 1
     assert re.search(r"FAIL gfx90a copy/fp32: budget: \d+ instructions, \+\d+% over the 10 of triton", out)
-    assert "1 of 2 fail" in out
+    assert "1 of 2 compiled kernels fail" in out
 
 
 def test_a_crash_is_reported_beside_what_passes(capsys, no_compiler, monkeypatch):
@@ -65,7 +66,7 @@ def test_a_crash_is_reported_beside_what_passes(capsys, no_compiler, monkeypatch
     assert code == 1
     assert "FAIL gfx942 aborting/fp32: compile: the compiler died (SIGABRT) LLVM ERROR: Cannot select" in out
     assert "--target gfx942 --kernel aborting/fp32" in out
-    assert "1 of 2 fail" in out
+    assert "1 of 2 compiled kernels fail" in out
 
 
 def test_json_and_html(capsys, no_compiler, tmp_path):
@@ -172,8 +173,12 @@ def test_the_page_is_whole_and_alone(compiled):
     results = [*compiled.values(), nasty]
     recorded = budgets.updated(Budgets("3.9.0"), "3.9.0", list(compiled.values()), is_complete=True)
     failures = [failure for result in results for failure in judge(result, recorded)]
-    ratios = {("gfx942", "paged_dot/bf16"): 0.51}
-    html = to_html(results, failures, recorded, {"triton": "3.9.0"}, ratios)
+    runs = [
+        Ran("gfx942", "rms_norm/2 rows", "", 0.51, 1234, 0.2),
+        Ran("gfx942", "rms_norm/3 rows", "", 1.5, 1234, 0.2),
+        Ran("gfx950", "rms_norm/3 rows", "RaceError: <two> waves", None, 0, 0.2),
+    ]
+    html = to_html(Results(results, failures, recorded, runs), {"triton": "3.9.0"})
     page = Page()
     page.feed(html)
     page.close()
@@ -183,10 +188,12 @@ def test_the_page_is_whole_and_alone(compiled):
     assert "http" not in html
     assert "<script" not in html
     assert "&lt;script&gt;" in html
-    assert "0.51 of what is allowed" in text
+    assert "51%" in text
+    assert "its error against float64 is 3 times PyTorch's, 2 are allowed" in text
+    assert "RaceError: <two> waves" in text
     assert "prefers-color-scheme: dark" in html
     assert 'name="viewport"' in html
     num_failed = len({(failure.target, failure.label) for failure in failures})
-    assert f"{num_failed} of {len(results)} compiled kernels fail" in text
-    assert html.count('class="fail"') == num_failed
-    assert html.count('class="pass"') == len(results) - num_failed
+    assert f"{num_failed + 2} of {len(results)} compiled kernels and 3 runs fail" in text
+    assert html.count('class="fail"') == num_failed + 2
+    assert html.count('class="pass"') == len(results) - num_failed + 1

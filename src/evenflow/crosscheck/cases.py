@@ -16,17 +16,13 @@ DTYPES = ("bfloat16", "float16")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`module.launch_<op>` must agree with `module.<op>`, its reference, on inputs(dtype)."""
+    """`launch_<op>` of module must agree with `<op>`, its reference, on inputs(dtype)."""
 
+    module: str
     op: str
     what: str
     inputs: Callable[["torch.dtype"], tuple[Any, ...]]
     dtypes: tuple[str, ...] = DTYPES
-    file: str = ""
-
-    @property
-    def module(self) -> str:
-        return f"evenflow.kernels.{self.file or self.op}"
 
     def label(self, dtype: str) -> str:
         return f"{self.op}/{self.what}, {dtype}"
@@ -53,10 +49,11 @@ def _add_norm(dtype: "torch.dtype") -> tuple[Any, ...]:
     return x, residual, 1 + 0.1 * _normal((256,), dtype, 2), 1e-5
 
 
+NORM = "evenflow.kernels.rms_norm"
 CASES = (
-    Case("rms_norm", "3 rows of 256", _norm_rows(3, 256)),
-    Case("rms_norm", "2 rows of 200", _norm_rows(2, 200)),
-    Case("rms_norm", "4 heads of 128, strided", _norm_heads),
-    Case("add_rms_norm", "3 rows of 256, strided", _add_norm, file="rms_norm"),
-    Case("silu_and_mul", "3 rows of 2 x 1100", lambda dtype: (_normal((3, 2200), dtype),)),
+    Case(NORM, "rms_norm", "3 rows of 256", _norm_rows(3, 256)),
+    Case(NORM, "rms_norm", "2 rows of 200", _norm_rows(2, 200)),
+    Case(NORM, "rms_norm", "4 heads of 128, strided", _norm_heads),
+    Case(NORM, "add_rms_norm", "3 rows of 256, strided", _add_norm),
+    Case("evenflow.kernels.silu_and_mul", "silu_and_mul", "3 rows of 2 x 1100", lambda t: (_normal((3, 2200), t),)),
 )

@@ -3,9 +3,11 @@
 The measure is PyTorch: against float64, a kernel may err twice as much as the reference in the kernel's own type.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ARCHS = ("gfx90a", "gfx942", "gfx950")  # whose instructions the simulator knows
+CHILD = "evenflow.crosscheck.running"
 ALLOWED = 2.0  # times PyTorch's own error
 
 
@@ -56,20 +59,29 @@ def run_all(
     on_result: Callable[[Ran], None] = lambda ran: None,
 ) -> list[Ran]:
     """Run the cases of these labels on each architecture. on_result is called from several threads."""
+    stop = threading.Event()
     with (
         tempfile.TemporaryDirectory(prefix="evenflow-crosscheck-") as folder,
         ThreadPoolExecutor(num_processes) as pool,
     ):
-        futures = [pool.submit(_run_target, arch, labels, Path(folder) / arch, on_result) for arch in archs]
-        return [ran for future in futures for ran in future.result()]
+        futures = [pool.submit(_run_target, arch, labels, Path(folder) / arch, on_result, stop) for arch in archs]
+        try:
+            return [ran for future in futures for ran in future.result()]
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
-def _run_target(arch: str, labels: list[str], folder: Path, on_result: Callable[[Ran], None]) -> list[Ran]:
+def _run_target(
+    arch: str, labels: list[str], folder: Path, on_result: Callable[[Ran], None], stop: threading.Event
+) -> list[Ran]:
+    """One child after the other until each case has a result."""
     folder.mkdir()
     done: list[Ran] = []
-    while len(done) < len(labels):
+    while len(done) < len(labels) and not stop.is_set():
         rest = labels[len(done) :]
-        command = [sys.executable, "-m", "evenflow.crosscheck.running", arch, *rest]
+        command = [sys.executable, "-m", CHILD, arch, *rest]
         stderr = folder / "stderr"
         with (
             stderr.open("wb") as file,
@@ -166,13 +178,12 @@ def _ratio(found: "Tensor", eager: "Tensor", exact: "Tensor") -> float:
 
 
 def main(arch: str, labels: list[str]) -> None:
-    """The child: a JSON line per case."""
-    results = sys.stdout.buffer
-    sys.stdout = sys.stderr
+    """The child: a JSON line per case on what was its standard output; whatever else is printed is noise."""
+    results = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
     cases = all_cases()
     for label in labels:
         results.write(msgspec.json.encode(run_case(*cases[label], arch)) + b"\n")
-        results.flush()
 
 
 if __name__ == "__main__":
