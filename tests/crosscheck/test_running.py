@@ -1,4 +1,4 @@
-"""`crosscheck run`: wrong kernels are caught by what they compute or touch, right ones pass; launchers run unchanged."""
+"""`crosscheck run`: wrong kernels are caught by what they compute or touch, and launchers run unchanged."""
 
 import json
 
