@@ -1,4 +1,4 @@
-"""Compile `triton_kernels` for one target in a child process, with a cache of its own: Triton keeps state between targets.
+"""Compile `triton_kernels` for one target in a child process with its own cache: Triton keeps state between targets.
 
 Run as a script it is the child: `python compiled.py gfx942 out.json`.
 """

@@ -124,7 +124,7 @@ def test_every_result_has_one_place(name):
 
 
 def wide_place(size, k_total, row, k, bits):
-    """(lane, element) of f8f6f4 operands: 8-bit codes in two runs of 16 which are half of K apart, 4-bit in one of 32."""
+    """(lane, element) of f8f6f4 operands: 8-bit codes in two runs of 16, half of K apart, 4-bit codes in one of 32."""
     if bits == 4:
         return row + size * (k // 32), k % 32
     half, rest = divmod(k, k_total // 2)

@@ -21,7 +21,11 @@ def softmax(x, out, columns, stride, block: tl.constexpr):
 @triton.jit
 def matmul(a, b, out, k_total, stride_a, stride_b, stride_out, m: tl.constexpr, n: tl.constexpr, k: tl.constexpr):
     """out = a @ b.T; b is [N, K]."""
-    rows, columns, depth = tl.program_id(0) * m + tl.arange(0, m), tl.program_id(1) * n + tl.arange(0, n), tl.arange(0, k)
+    rows, columns, depth = (
+        tl.program_id(0) * m + tl.arange(0, m),
+        tl.program_id(1) * n + tl.arange(0, n),
+        tl.arange(0, k),
+    )
     a_at, b_at = a + rows[:, None] * stride_a + depth[None, :], b + depth[:, None] + columns[None, :] * stride_b
     total = tl.zeros([m, n], tl.float32)
     for _ in range(0, k_total, k):
@@ -81,13 +85,17 @@ def reductions(x, sums, largest, places, running, n: tl.constexpr):
 
 
 @triton.jit
-def paged_gather(cache, table, length, out, stride_block, block_size: tl.constexpr, width: tl.constexpr, n: tl.constexpr):
+def paged_gather(
+    cache, table, length, out, stride_block, block_size: tl.constexpr, width: tl.constexpr, n: tl.constexpr
+):
     """out[t] = cache[table[t // block_size], t % block_size] for t < length."""
     t, d = tl.program_id(0) * n + tl.arange(0, n), tl.arange(0, width)
     is_there = t < tl.load(length)
     block = tl.load(table + t // block_size, mask=is_there, other=0).to(tl.int64)
     row = cache + block[:, None] * stride_block + (t % block_size)[:, None] * width + d[None, :]
-    tl.store(out + t[:, None] * width + d[None, :], tl.load(row, mask=is_there[:, None], other=0.0), mask=is_there[:, None])
+    tl.store(
+        out + t[:, None] * width + d[None, :], tl.load(row, mask=is_there[:, None], other=0.0), mask=is_there[:, None]
+    )
 
 
 @triton.jit

@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "detokenizer": {"tokenizer"},
     "scheduler": {"request", "sampling_params"},
     "kernels": {"platforms"},
+    "crosscheck": {"kernels", "platforms"},
     "distributed": {"platforms"},
     "layers": {"kernels", "distributed", "model_config"},
     "models": {"layers", "model_config"},
@@ -85,7 +86,7 @@ NO_TORCH = {
 LAZY_TORCH = {"cli", "doctor", "platforms"}
 NO_TORCH_FILES = {"engine/input.py", "engine/output.py", "engine/opening.py", "demo/__init__.py"}
 VENDORS = re.compile(r"\b(nvidia|amd|rocm|hip|is_hip|gfx\w+|sm_\d+)\b", re.IGNORECASE)
-VENDOR_FILES = {"platforms", "plan", "doctor", "demo"}
+VENDOR_FILES = {"platforms", "plan", "doctor", "demo", "crosscheck"}
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
