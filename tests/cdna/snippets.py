@@ -27,7 +27,7 @@ def machine(arch: str = "gfx942", waves: int = WAVES, lds_bytes: int = 4096) -> 
 
 
 def load(state: Machine, registers: Mapping[str, Any]) -> None:
-    """Set registers: "v3" to anything that broadcasts to [waves, 64], "v[2:3]" from uint64, "s4" from [waves], "scc"."""
+    """Set registers: "v3" to what broadcasts to [waves, 64], "v[2:3]" from uint64, "s4" from [waves], "scc"."""
     for name, value in registers.items():
         if name == "scc":
             state.scc[:] = value

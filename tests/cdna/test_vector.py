@@ -273,7 +273,12 @@ def test_frexp_and_ldexp_are_inverse():
 def test_multiply_add_forms():
     values = np.random.default_rng(0).standard_normal((3, WAVES, 64)).astype(np.float32)
     registers = {"v1": values[0], "v2": values[1], "v3": values[2]}
-    text = "v_fma_f32 v9, v1, -v2, v3\nv_fmac_f32 v3, v1, v2\nv_fmaak_f32 v8, v1, v2, 0x40000000\nv_fmamk_f32 v7, v1, 0x40000000, v2"
+    text = """
+        v_fma_f32 v9, v1, -v2, v3
+        v_fmac_f32 v3, v1, v2
+        v_fmaak_f32 v8, v1, v2, 0x40000000
+        v_fmamk_f32 v7, v1, 0x40000000, v2
+    """
     state = execute(text, registers)
 
     def exact(a, b, c):

@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "detokenizer": {"tokenizer"},
     "scheduler": {"request", "sampling_params"},
     "kernels": {"platforms"},
+    "crosscheck": {"kernels", "platforms"},
     "distributed": {"platforms"},
     "layers": {"kernels", "distributed", "model_config"},
     "models": {"layers", "model_config"},

@@ -258,6 +258,13 @@ def read_registers(step: Step) -> Iterator[int]:
     yield from step.operation.reads
 
 
+def _is_spill(step: Step, state: _State) -> bool:
+    """Whether it only puts a value aside: compilers spill whole tuples, of which a part may never have been written."""
+    name = step.instruction.name
+    to_scratch = name.startswith("buffer_store") and address_tags(step, state) == {SCRATCH}
+    return to_scratch or name == "v_writelane_b32" or name.startswith("scratch_store")
+
+
 def _refuse(instruction: Instruction, unwritten: list[int]) -> Run:
     names = ", ".join(map(register_name, unwritten))
 
@@ -282,6 +289,6 @@ def analyse(kernel: Kernel, steps: list[Step]) -> None:
                 tags = address_tags(step, state) - {SCRATCH}
                 step.instruction.provenance = tuple(sorted(tags)) or None
             unwritten = [register for register in read_registers(step) if not state.written >> register & 1]
-            if unwritten:
+            if unwritten and not _is_spill(step, state):
                 step.run = _refuse(step.instruction, unwritten)
             analysis.transfer(step, state)

@@ -117,7 +117,7 @@ def f32_to_f16_toward_zero(value: Array) -> Array:
     return np.where(too_large, code - np.uint32(1), code).astype(np.uint32)
 
 
-def fma_f32(a: Array, b: Array, c: Array, power: Array = 0) -> Array:
+def fma_f32(a: Array, b: Array, c: Array, power: Array | None = None) -> Array:
     """(a * b + c) * 2**power rounded once to float32.
 
     The product is exact in float64 and the sum nearly so. Rounding the sum again to float32 goes wrong only where it
@@ -127,7 +127,7 @@ def fma_f32(a: Array, b: Array, c: Array, power: Array = 0) -> Array:
     addend = np.asarray(c, np.float32).astype(np.float64)
     total = np.atleast_1d(product + addend)
     bits = total.view(np.int64)
-    result = np.ldexp(total, power)
+    result = total if power is None else np.ldexp(total, power)
     looks_like_tie = (bits & 0x1FFFFFFF) == 0x10000000
     is_denormal = (np.abs(result) < np.finfo(np.float32).tiny) & (result != 0)
     if not (looks_like_tie | is_denormal).any():
@@ -137,4 +137,4 @@ def fma_f32(a: Array, b: Array, c: Array, power: Array = 0) -> Array:
     inexact = np.isfinite(total) & (error != 0) & (bits & 1 == 0)
     inward = (error > 0) == (total > 0)
     odd = np.where(inexact, bits + np.where(inward, 1, -1), bits).view(np.float64)
-    return np.ldexp(odd, power).astype(np.float32)
+    return (odd if power is None else np.ldexp(odd, power)).astype(np.float32)

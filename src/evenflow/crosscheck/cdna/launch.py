@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from evenflow.crosscheck.cdna.arrivals import Arrivals
+from evenflow.crosscheck.cdna.control import wait_limits
 from evenflow.crosscheck.cdna.errors import SimulationError
 from evenflow.crosscheck.cdna.floats import Array
 from evenflow.crosscheck.cdna.lds import LocalMemory
 from evenflow.crosscheck.cdna.machine import LANES, WAVE, Machine
 from evenflow.crosscheck.cdna.memory import GlobalMemory, ScratchMemory
-from evenflow.crosscheck.cdna.operation import Step
+from evenflow.crosscheck.cdna.operation import Step, loads_into_lds
 from evenflow.crosscheck.cdna.parser import Kernel
 from evenflow.crosscheck.cdna.races import RaceDetector
 from evenflow.crosscheck.cdna.vector_memory import SCRATCH_DESCRIPTOR
@@ -153,8 +155,19 @@ class _Execution:
         self.is_done = np.zeros(machine.num_waves, bool)
         self.is_waiting = np.zeros(machine.num_waves, bool)
         self.runs = [step.run for step in launch.steps]
+        if launch.records and any(map(loads_into_lds, launch.steps)):
+            self._watch_arrivals()
         self.flows = [step.operation.flow for step in launch.steps]
         self.num_steps = 0
+
+    def _watch_arrivals(self) -> None:
+        lds = self.machine.lds
+        lds.arrivals = Arrivals(lds.store.bytes.size, self.machine.workgroup)
+        for place, step in enumerate(self.launch.steps):
+            if "vmcnt" in step.operation.counters:
+                self.runs[place] = lds.arrivals.counting(step.run)
+            elif step.instruction.name == "s_waitcnt" and "vmcnt" in (limits := wait_limits(step.instruction)):
+                self.runs[place] = lds.arrivals.waiting(limits["vmcnt"])
 
     def run(self) -> None:
         turn = 0
@@ -216,3 +229,5 @@ class _Execution:
         self.is_waiting[members] = False
         if self.machine.lds.races is not None:
             self.machine.lds.races.open_epoch(group)
+        if self.machine.lds.arrivals is not None:
+            self.machine.lds.arrivals.pass_barrier(group)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from evenflow.crosscheck.cdna.access import Reader, raw32
+from evenflow.crosscheck.cdna.arrivals import Arrivals
 from evenflow.crosscheck.cdna.errors import OutOfBoundsError, SimulationError, UninitializedReadError
 from evenflow.crosscheck.cdna.floats import Array
 from evenflow.crosscheck.cdna.machine import Machine
@@ -33,6 +34,7 @@ class LocalMemory:
         self.is_written = ByteStore(num_workgroups * self.pitch)
         self.base = (workgroup * self.pitch).astype(np.int64)
         self.races = races
+        self.arrivals: Arrivals | None = None
 
     def locate(self, machine: Machine, instruction: Instruction, address: Array, size: int) -> Array:
         """int64 [n, 64] byte indices; raises if an active lane leaves the workgroup's bytes. Idle lanes get the first
@@ -51,15 +53,28 @@ class LocalMemory:
         """Dwords [n, 64] at these addresses (int64, bytes within the workgroup's LDS)."""
         place = self.locate(machine, instruction, address, size)
         machine.memory.traffic.lds_bytes += int(np.count_nonzero(machine.active)) * size
-        self._check_written(machine, instruction, place, size)
+        self._check_ready(machine, instruction, place, size)
         if self.races is not None:
             self.races.note_read(machine, instruction, place, size)
         return self.store.load(place, size)
 
-    def write(self, machine: Machine, instruction: Instruction, address: Array, size: int, words: list[Array]) -> None:
-        """The active lanes' dwords [n, 64]; of two lanes that write the same byte the higher one wins."""
+    def write(
+        self,
+        machine: Machine,
+        instruction: Instruction,
+        address: Array,
+        size: int,
+        words: list[Array],
+        arrives_later: bool = False,
+    ) -> None:
+        """The active lanes' dwords [n, 64]; of two lanes that write the same byte the higher one wins. arrives_later: the
+        data comes straight from memory, and is there when the wave has waited for it."""
         lanes = machine.active
         place = self.locate(machine, instruction, address, size)
+        if self.arrivals is not None and arrives_later:
+            self.arrivals.note_load(machine, place, size)
+        elif self.arrivals is not None:
+            self.arrivals.check(machine, instruction, place, size)
         machine.memory.traffic.lds_bytes += int(np.count_nonzero(lanes)) * size
         self.mark_written(place[lanes], size)
         if self.races is not None:
@@ -72,10 +87,15 @@ class LocalMemory:
 
     def before_atomic(self, machine: Machine, instruction: Instruction, place: Array, size: int) -> None:
         """Check an atomic operation at these places; the caller does it on `store`."""
-        self._check_written(machine, instruction, place, size)
+        self._check_ready(machine, instruction, place, size)
         machine.memory.traffic.lds_bytes += int(np.count_nonzero(machine.active)) * size
         if self.races is not None:
             self.races.note_atomic(machine, instruction, place, size)
+
+    def _check_ready(self, machine: Machine, instruction: Instruction, place: Array, size: int) -> None:
+        self._check_written(machine, instruction, place, size)
+        if self.arrivals is not None:
+            self.arrivals.check(machine, instruction, place, size)
 
     def _check_written(self, machine: Machine, instruction: Instruction, place: Array, size: int) -> None:
         full = np.uint32(0x01010101 if size >= 4 else (1 << 8 * size) - 1 & 0x0101)

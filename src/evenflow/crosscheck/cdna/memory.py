@@ -138,24 +138,28 @@ class GlobalMemory:
         return next((block for block in self.allocations if argument in block.arguments), None)
 
     def _report(self, machine: Machine, instruction: Instruction, address: Array, size: int, bad: Array) -> None:
-        wave, lane = (int(part) for part in np.argwhere(bad)[0])
-        target = int(np.broadcast_to(address, bad.shape)[wave, lane])
-        landed = [block for block in self.allocations if block.address < target + size and target < block.end]
-        allowed_here = set(instruction.provenance or ())
-        pointers = [block for block in self.allocations if allowed_here.intersection(block.arguments)]
+        """Raise for the first lane that lands in another argument's memory, else for the first that lands nowhere."""
+        allowed = set(instruction.provenance or ())
+        pointers = [block for block in self.allocations if allowed.intersection(block.arguments)]
         through = f" through a pointer derived from {' or '.join(block.name for block in pointers)}" if pointers else ""
-        where = f"{machine.describe(wave, lane)}, {int(bad.sum())} lanes in all"
-        if landed and pointers and landed[0] not in pointers:
-            raise ProvenanceError(
-                f"{instruction}: access of {size} bytes{through} lands in {landed[0].name}, at byte"
-                f" {target - landed[0].address} of {landed[0].num_bytes} ({where})"
-            )
-        nearest = min(
-            pointers or self.allocations, key=lambda block: min(abs(target - block.address), abs(target - block.end))
-        )
+        targets = np.broadcast_to(address, bad.shape)
+        for block in self.allocations:
+            lands = bad & (targets >= np.uint64(block.address)) & (targets < np.uint64(block.end))
+            if pointers and block not in pointers and lands.any():
+                wave, lane = (int(part) for part in np.argwhere(lands)[0])
+                raise ProvenanceError(
+                    f"{instruction}: access of {size} bytes{through} lands in {block.name}, at byte"
+                    f" {int(targets[wave, lane]) - block.address} of {block.num_bytes}"
+                    f" ({machine.describe(wave, lane)}, {int(lands.sum())} lanes in all)"
+                )
+        wave, lane = (int(part) for part in np.argwhere(bad)[0])
+        target = int(targets[wave, lane])
+        blocks = pointers or self.allocations
+        nearest = min(blocks, key=lambda block: min(abs(target - block.address), abs(target - block.end)))
         raise OutOfBoundsError(
             f"{instruction}: access of {size} bytes{through} at 0x{target:x}, byte {target - nearest.address} of"
-            f" {nearest.name}, which has {nearest.num_bytes} ({where})"
+            f" {nearest.name}, which has {nearest.num_bytes}"
+            f" ({machine.describe(wave, lane)}, {int(bad.sum())} lanes in all)"
         )
 
     def count(self, address: Array, size: int, active: Array, is_store: bool) -> None:

@@ -70,6 +70,11 @@ def num_destinations(instruction: Instruction, operation: Operation) -> int:
     return int(bool(instruction.modifiers.get("glc") or instruction.modifiers.get("sc0")))
 
 
+def loads_into_lds(step: Step) -> bool:
+    """Whether it is a load from memory straight into LDS."""
+    return "_lds_" in step.instruction.name or "lds" in step.instruction.modifiers
+
+
 def _check_modifiers(instruction: Instruction, operation: Operation) -> None:
     allowed = operation.modifiers
     if instruction.encoding == "dpp":

@@ -100,8 +100,8 @@ class RaceDetector:
         wave, lane = (int(part) for part in np.argwhere(lanes)[which])
         byte = int(access.index[which, unit]) * access.unit % self.pitch
         raise RaceError(
-            f"{instruction}: {machine.describe(wave, lane)} {verb} LDS byte {byte}, which another wave {did} since the last"
-            " barrier"
+            f"{instruction}: {machine.describe(wave, lane)} {verb} LDS byte {byte}, which another wave {did}"
+            " since the last barrier"
         )
 
 

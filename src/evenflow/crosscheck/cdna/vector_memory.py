@@ -295,7 +295,7 @@ def _load_to_lds(kind: str, is_buffer: bool) -> Operation:
             machine.memory.count(source, size, lanes, is_store=False)
             words = [np.where(lanes, word, np.uint32(0)) for word in machine.memory.store.load(place, size)]
             start = (machine.read_scalar(M0) & np.uint32(0x3FFFF)).astype(np.int64)[:, None] + constant
-            machine.lds.write(machine, instruction, start + np.arange(WAVE) * size, size, words)
+            machine.lds.write(machine, instruction, start + np.arange(WAVE) * size, size, words, arrives_later=True)
 
         return run
 

@@ -23,10 +23,10 @@ Segment = tuple[Array, int, int]
 
 @dataclass(frozen=True)
 class _Facts:
-    """What the checker needs of one line of code, found once. touched: registers read or written, a bit each."""
+    """What the checker needs of one line of code, found once. read, written: registers, a bit each."""
 
     instruction: Instruction
-    touched: int
+    read: int
     written: int
     counter: str
     in_order: bool
@@ -47,8 +47,8 @@ def _facts(step: Step) -> _Facts:
     written = _bits(register for operand in step.destinations for register in registers(operand))
     return _Facts(
         instruction,
-        _bits(read_registers(step)) | written | _bits(operation.writes),
-        written,
+        _bits(read_registers(step)),
+        written | _bits(operation.writes),
         operation.counters[0] if operation.counters else "",
         in_order=not instruction.name.startswith("s_load"),
         writes_lds=_writes_lds(step),
@@ -59,9 +59,8 @@ def _facts(step: Step) -> _Facts:
 
 def _writes_lds(step: Step) -> bool:
     name = step.instruction.name
-    is_exchange_of_lanes = name in ("ds_bpermute_b32", "ds_permute_b32", "ds_swizzle_b32")
-    is_ds_write = name.startswith("ds_") and not name.startswith("ds_read") and not is_exchange_of_lanes
-    return is_ds_write or "_lds_" in name or "lds" in step.instruction.modifiers
+    moves_lanes = name in ("ds_bpermute_b32", "ds_permute_b32", "ds_swizzle_b32")
+    return name.startswith("ds_") and not name.startswith("ds_read") and not moves_lanes
 
 
 @dataclass
@@ -86,11 +85,20 @@ class _Pending:
             for facts in queue:
                 self.registers |= facts.written
 
+    def _overtaking(self, facts: _Facts) -> int:
+        """Registers that must not be written now: a later operation of the same counter cannot arrive before."""
+        total = 0
+        for queue in self.queues.values():
+            for pending in queue:
+                if pending.counter != facts.counter or not (pending.in_order and facts.in_order):
+                    total |= pending.written
+        return total
+
     def writer(self, conflict: int) -> _Facts:
         return next(facts for queue in self.queues.values() for facts in queue if facts.written & conflict)
 
     def check(self, facts: _Facts) -> None:
-        conflict = facts.touched & self.registers
+        conflict = facts.read & self.registers | facts.written & self._overtaking(facts)
         if conflict:
             writer = self.writer(conflict)
             register = register_name((conflict & -conflict).bit_length() - 1)
@@ -104,7 +112,7 @@ class _Pending:
     def _check_barrier(self, barrier: _Facts) -> None:
         for counter, queue in self.queues.items():
             for facts in queue:
-                if facts.writes_lds and counter == "lgkmcnt":
+                if facts.writes_lds:
                     raise MissingWaitError(
                         f"{barrier.instruction}: passed while {facts.instruction} may still be under way; an s_waitcnt"
                         f" {counter}(...) is missing between them"
@@ -121,7 +129,7 @@ def check_trace(facts: Sequence[_Facts], trace: Iterable[tuple[int, int]]) -> No
             if here.limits:
                 pending.wait(here.limits)
                 continue
-            if pending.registers & here.touched or here.is_barrier:
+            if pending.registers & (here.read | here.written) or here.is_barrier:
                 pending.check(here)
             if here.counter:
                 pending.issue(here)
