@@ -6,8 +6,10 @@ import planted_runs
 import pytest
 import torch
 
+import evenflow.cli.crosscheck as command
 from evenflow.cli import main
 from evenflow.crosscheck import running
+from evenflow.crosscheck.budgets import Budgets
 from evenflow.crosscheck.cases import CASES, Case
 from evenflow.crosscheck.running import Ran, all_cases, run_all, run_case, select_runs
 from evenflow.crosscheck.simulated import SimulatedKernel, simulated, specialize
@@ -147,3 +149,13 @@ def test_the_command_fails_when_a_run_does(capsys, monkeypatch, tmp_path):
     assert "2 of 6 runs fail" in out
     assert len(json.loads(path.read_text())["runs"]) == 6
     assert main(["crosscheck", "run", "--kernel", "silu_and_mul", "--target", "gfx942"]) == 0
+
+
+@pytest.mark.parametrize(("targets", "num_runs"), [(("gfx942", "sm_90"), 2), (("sm_90",), 0)])
+def test_all_runs_what_can_be_run_of_what_is_compiled(capsys, monkeypatch, targets, num_runs):
+    monkeypatch.setattr(command, "_check_compiled", lambda args, version: ([], [], Budgets(version)))
+    monkeypatch.setattr(
+        running, "run_all", lambda archs, labels, n, done: [Ran(a, x, "", 0.5, 1, 0.1) for a in archs for x in labels]
+    )
+    assert main(["crosscheck", "all", "--kernel", "silu_and_mul", "--target", *targets]) == 0
+    assert capsys.readouterr().out.count("50%") == num_runs
