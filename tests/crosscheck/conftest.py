@@ -21,6 +21,7 @@ DEFECTS = [
     copy("noisy"),
     copy("aborting"),
     copy("missing"),
+    copy("refused"),
     Specialization("planted:copy_kernel", {"x_ptr": "*fp32", "y_ptr": "*fp32"}, {"BLOCK": 64}, (), 4, 1, "misnamed"),
     copy("copy", "after-the-abort"),
 ]

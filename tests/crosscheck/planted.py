@@ -42,6 +42,12 @@ def big_dot_kernel(a_ptr, b_ptr, out_ptr, num, M: tl.constexpr, N: tl.constexpr,
     tl.store(out_ptr + m[:, None] * N + n[None, :], acc)
 
 
+@triton.jit
+def refused_kernel(x_ptr, out_ptr, num, BLOCK: tl.constexpr):
+    tl.static_assert(BLOCK < 1000, "the tile is too large")
+    tl.store(out_ptr, tl.load(x_ptr))
+
+
 class _Aborts:
     """Looks like a kernel until its arguments are asked for, and then does what LLVM does."""
 

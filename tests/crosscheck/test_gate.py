@@ -56,6 +56,7 @@ def test_sound_kernels_pass(compiled, target, specialization):
         ("noisy/fp32", "stderr", "loop not unrolled"),
         ("aborting/fp32", "compile", "SIGABRT) LLVM ERROR: Cannot select: intrinsic"),
         ("missing/fp32", "compile", "missing_kernel"),
+        ("refused/fp32", "compile", "CompileTimeAssertionFailure: at 2:4: the tile is too large"),
         ("copy/misnamed", "compile", "do not agree on num, out_ptr, y_ptr"),
     ],
 )
@@ -120,6 +121,13 @@ def test_what_the_developer_has_set_does_not_reach_the_compiler(monkeypatch, com
 )
 def test_rules(fields, target, expected):
     assert checks(result(replace(GOOD, **fields), target)) == expected
+
+
+def test_the_point_of_a_long_error_is_found():
+    """ptxas's complaint stands between triton's heading and the command that shows it again."""
+    error = "PTXASError: Internal error\n`ptxas` stderr:\nptxas k.ptx, line 5; fatal   : no .version\nRepro command: x"
+    (failure,) = judge(result(None, error=error), BUDGETS)
+    assert failure.cause == "PTXASError: Internal error ptxas k.ptx, line 5; fatal   : no .version"
 
 
 def test_a_kernel_without_budget_fails():

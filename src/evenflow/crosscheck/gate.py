@@ -4,6 +4,7 @@ A compiler rarely refuses: it spills, emulates, or takes more shared memory than
 clock would tell.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -52,7 +53,7 @@ Finding = tuple[str, str, str]  # check, cause, fix
 
 def _broken_rules(compiled: Compiled, budgets: Budgets) -> Iterator[Finding]:
     if compiled.resources is None:
-        cause = " ".join(filter(None, (compiled.error, _last_line(compiled.stderr))))
+        cause = " ".join(filter(None, (_brief(compiled.error), _last_line(compiled.stderr))))
         yield "compile", cause, f"To see it alone: --target {compiled.target} --kernel {compiled.label}"
         return
     target = find_target(compiled.target)
@@ -102,6 +103,13 @@ def _length(compiled: Compiled, resources: Resources, budgets: Budgets) -> Itera
     elif count > budget * GROWTH_LIMIT:
         cause = f"{count:,} instructions, {count / budget - 1:+.0%} over the {budget:,} of triton {budgets.triton}"
         yield "budget", cause, "Find out why, or accept it with --update-budgets"
+
+
+def _brief(error: str) -> str:
+    """The kind of an error and its point: triton quotes the source in between, and ptxas a command behind."""
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    points = [line for line in lines[1:] if re.search(r"\b(error|fatal) *:", line)]
+    return " ".join(dict.fromkeys([*lines[:1], *(points[:1] or lines[-1:])]))
 
 
 def _last_line(text: str) -> str:
