@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from evenflow.crosscheck.artefacts import (
+    UNTRACED,
     Dot,
     loads_per_argument,
     ptxas_complaints,
@@ -171,6 +172,43 @@ define ptx_kernel void @k(ptr addrspace(1) nofree captures(none) %0, ptr addrspa
 }
 """
     assert loads_per_argument(llir, ["table", "cache", "num"]) == {"table": {4: 1}, "cache": {8: 1}}
+
+
+@pytest.mark.parametrize("before", ["mov.u32 $0, 0x0;\\0A\\09", "mov.u32 $0, 0x0;\\0A\\09@$2 "])
+def test_what_inline_assembly_loads_has_no_origin(before):
+    llir = f"""
+define ptx_kernel void @k(ptr addrspace(1) %0, ptr addrspace(1) %1) {{
+  %3 = tail call i32 asm sideeffect "{before}ld.global.b32 {{ $0 }}, [ $1 + 0 ];", "=r,l"(ptr addrspace(1) %0) #8
+  %4 = getelementptr i8, ptr addrspace(1) %1, i32 %3
+  %5 = load i32, ptr addrspace(1) %4, align 4
+  ret void
+}}
+"""
+    assert loads_per_argument(llir, ["lens", "cache"]) == {"lens": {4: 1}, "cache": {4: 1}}
+
+
+def test_an_address_that_changes_lanes_through_shared_memory_keeps_its_origin():
+    """As triton 3.9 does to spread the addresses of a small tile; q and cache do so on two lines of the source."""
+    llir = """
+define ptx_kernel void @k(ptr addrspace(1) %0, ptr addrspace(1) %1, ptr addrspace(1) %2, ptr addrspace(3) %3) {
+  %5 = ptrtoint ptr addrspace(1) %0 to i64, !dbg !7
+  store i64 %5, ptr addrspace(3) %3, align 8, !dbg !7
+  %6 = load i64, ptr addrspace(3) %3, align 8, !dbg !7
+  %7 = inttoptr i64 %6 to ptr addrspace(1), !dbg !7
+  %8 = load <2 x half>, ptr addrspace(1) %7, align 4, !dbg !7
+  %9 = ptrtoint ptr addrspace(1) %1 to i64, !dbg !8
+  %10 = insertelement <1 x i64> poison, i64 %9, i64 0, !dbg !8
+  store <1 x i64> %10, ptr addrspace(3) %3, align 8, !dbg !8
+  %11 = load i64, ptr addrspace(3) %3, align 8, !dbg !8
+  %12 = inttoptr i64 %11 to ptr addrspace(1), !dbg !8
+  %13 = load <8 x half>, ptr addrspace(1) %12, align 16, !dbg !8
+  %14 = load i64, ptr addrspace(3) %3, align 8, !dbg !9
+  %15 = inttoptr i64 %14 to ptr addrspace(1), !dbg !9
+  %16 = load half, ptr addrspace(1) %15, align 2, !dbg !9
+  ret void
+}
+"""
+    assert loads_per_argument(llir, ["q", "cache"]) == {"q": {4: 1}, "cache": {16: 1}, UNTRACED: {2: 1}}
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,8 @@ def test_what_the_developer_has_set_does_not_reach_the_compiler(monkeypatch, com
         ({"matrix": {}, "dots": [Dot("f32", "tf32x3")]}, "sm_90", ["matrix units"]),
         ({"argument_loads": {"v_cache_ptr": {8: 1, 16: 9}}}, "gfx942", ["narrow loads"]),
         ({"argument_loads": {"v_cache_ptr": {32: 1}}}, "gfx942", []),
+        ({"argument_loads": {"?": {32: 1}}}, "gfx942", []),
+        ({"argument_loads": {"?": {4: 1}}}, "gfx942", ["narrow loads"]),
     ],
 )
 def test_rules(fields, target, expected):

@@ -19,6 +19,11 @@ PTXAS_ROUTINE = re.compile(r"ptxas\S* info +: (?!\(C)|\s*\d+ bytes stack frame|\
 DOT = re.compile(r"\btt\.dot(?:_scaled)? (?:[^\n]*?inputPrecision = (\w+))?[^\n]*?: tensor<(?:\d+x)*(\w+)>")
 IR_VALUE = re.compile(r"%[\w.]+")
 IR_ASSIGNMENT = re.compile(r"^\s*(%[\w.]+) = (.*)$")
+# Inline assembly starts lines by \0A\09, so no word boundary stands before the mnemonic.
+SHARED_STORE = re.compile(r"^\s*store .*, ptr addrspace\(3\) |(?<![a-z])st\.shared\b")
+SHARED_LOAD = re.compile(r"^load .*, ptr addrspace\(3\) |(?<![a-z])ld\.shared\b")
+MEMORY_ACCESS = re.compile(r"(^| )(load|store|atomicrmw|cmpxchg) |\.load|(?<![a-z])(ld\.|atom\.)|cp\.async")
+UNTRACED = "?"
 IR_TYPE_BITS = {"half": 16, "bfloat": 16, "float": 32, "double": 64, "ptr": 64}
 
 
@@ -155,6 +160,7 @@ def loads_per_argument(llir: str, arguments: list[str]) -> dict[str, dict[int, i
 
     arguments: names of the run-time arguments in order. A load belongs to the arguments that its address was computed
     from; what was loaded (a block table's entry) does not count as an origin of the addresses that it helps to compute.
+    Loads of an address that could not be traced are listed under UNTRACED.
     """
     parameters, body = _kernel_of(llir)
     origins = {
@@ -167,7 +173,7 @@ def loads_per_argument(llir: str, arguments: list[str]) -> dict[str, dict[int, i
     found: dict[str, Counter[int]] = {}
     for line in lines:
         if line.load_bytes:
-            for name in sorted(line.origin(origins)):
+            for name in sorted(line.origin(origins)) or [UNTRACED]:
                 found.setdefault(name, Counter())[line.load_bytes] += 1
     return {name: dict(widths) for name, widths in found.items()}
 
@@ -177,10 +183,9 @@ def _spread(lines: "list[_Line]", origins: dict[str, frozenset[str]]) -> bool:
     changed = False
     for line in lines:
         if line.result and not line.is_memory_access:
-            origin = line.origin(origins)
-            if origin and origin != origins.get(line.result):
-                origins[line.result] = origin
-                changed = True
+            known = origins.get(line.result, frozenset())
+            origins[line.result] = known | line.origin(origins)
+            changed = changed or origins[line.result] != known
     return changed
 
 
@@ -206,9 +211,14 @@ class _Line:
     def parse(line: str) -> "_Line":
         match = IR_ASSIGNMENT.match(line)
         result, code = (match[1], match[2]) if match else ("", line)
-        code = code.split(", !dbg")[0]
-        is_access = re.search(r"(^| )(load|store|atomicrmw|cmpxchg) |\.load|\bld\.|cp\.async|\batom", code) is not None
-        return _Line(result, tuple(IR_VALUE.findall(code)), is_access, _load_bytes(code))
+        code, _, place = code.partition(", !dbg")
+        operands = tuple(IR_VALUE.findall(code))
+        # Addresses may change lanes by way of shared memory: what one source line stores there, it loads again.
+        if SHARED_STORE.search(code):
+            return _Line(f"shared memory at {place}", operands, is_memory_access=False, load_bytes=0)
+        if SHARED_LOAD.search(code):
+            return _Line(result, (f"shared memory at {place}",), is_memory_access=False, load_bytes=0)
+        return _Line(result, operands, MEMORY_ACCESS.search(code) is not None, _load_bytes(code))
 
     def origin(self, origins: dict[str, frozenset[str]]) -> frozenset[str]:
         return frozenset().union(*(origins.get(value, frozenset()) for value in self.operands))

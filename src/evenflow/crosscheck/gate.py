@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from evenflow.crosscheck.artefacts import Dot
+from evenflow.crosscheck.artefacts import UNTRACED, Dot
 from evenflow.crosscheck.budgets import Budgets
 from evenflow.crosscheck.compiling import Compiled, Resources, is_kv_cache
 from evenflow.crosscheck.targets import Target, find_target
@@ -83,10 +83,11 @@ def _speed(resources: Resources, target: Target) -> Iterator[Finding]:
         yield "matrix units", cause, "Tiles must be at least 16 in each dimension, of a type that the target knows"
     for argument, widths in resources.argument_loads.items():
         narrow = {width: count for width, count in sorted(widths.items()) if width < WIDE_LOAD_BYTES}
-        if is_kv_cache(argument) and narrow:
+        if narrow and (is_kv_cache(argument) or argument == UNTRACED):
             loads = ", ".join(f"{count} of {width} bytes" for width, count in narrow.items())
+            what = "something that cannot be traced to an argument" if argument == UNTRACED else argument
             fix = "Name the argument and its strides in `aligned`; a lane should read 16 neighbouring bytes"
-            yield "narrow loads", f"{argument} is read by loads of less than {WIDE_LOAD_BYTES} bytes: {loads}", fix
+            yield "narrow loads", f"{what} is read by loads of less than {WIDE_LOAD_BYTES} bytes: {loads}", fix
 
 
 def _belongs_on_matrix_units(dot: Dot, target: Target) -> bool:
