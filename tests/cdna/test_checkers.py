@@ -98,7 +98,7 @@ class TestArrivals:
         state = self.start()
         self.do(state, "global_load_lds_dword v0, s[2:3]")
         self.do(state, "global_load_dword v5, v0, s[2:3]")
-        with pytest.raises(MissingWaitError, match="ds_read_b32 v2, v1: touches LDS that a load fills"):
+        with pytest.raises(MissingWaitError, match="ds_read_b32 v2, v1: touches LDS whose load"):
             self.do(state, "ds_read_b32 v2, v1")
         state.lds.arrivals.waiting(2)(state)
         with pytest.raises(MissingWaitError):

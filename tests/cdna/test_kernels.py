@@ -54,6 +54,8 @@ def test_vector_add_with_a_masked_tail(compiled, arch, seeded, preload):
     assert report.traffic.bytes_stored == 4000
     assert report.traffic.lines >= 3 * 4000 // 128
     assert report.counts["s_endpgm"] == 8
+    # Without preloading the waves load the arguments themselves, and jump over the rest of the first 256 bytes.
+    assert (report.counts["s_branch"] == 0) == preload
     assert report.traffic.unattributed == 0
 
 

@@ -72,6 +72,7 @@ class Arrivals:
         if bad.any():
             wave, lane = (int(part) for part in np.argwhere(bad)[0])
             raise MissingWaitError(
-                f"{instruction}: touches LDS that a load fills which may still be under way; an s_waitcnt vmcnt(...)"
-                f" by the loading wave, and a barrier if that is another wave, is missing ({machine.describe(wave, lane)})"
+                f"{instruction}: touches LDS whose load may still be under way; an s_waitcnt vmcnt(...)"
+                " by the loading wave, and a barrier if that is another wave, is missing"
+                f" ({machine.describe(wave, lane)})"
             )
