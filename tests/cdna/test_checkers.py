@@ -157,16 +157,17 @@ class TestProvenance:
         assert found == {1: (-1,), 4: (0, 1), 8: (0, 1)}
 
     def test_a_loop_is_followed_until_nothing_changes(self):
-        found = analysed(
-            """s_load_dwordx4 s[4:7], s[0:1], 0x0
-            .L1:
+        found = analysed("""s_load_dwordx4 s[4:7], s[0:1], 0x0
+            s_mov_b64 s[8:9], 0
+            s_mov_b64 s[10:11], 0
+.L1:
             global_load_dword v2, v0, s[4:5]
             s_mov_b64 s[4:5], s[8:9]
-            s_mov_b64 s[8:9], s[6:7]
+            s_mov_b64 s[8:9], s[10:11]
+            s_mov_b64 s[10:11], s[6:7]
             s_cbranch_scc1 .L1
-            s_endpgm""".replace("            .L1", ".L1")
-        )
-        assert found[3] == (0, 1)
+            s_endpgm""")
+        assert found[5] == (0, 1)
 
     @pytest.mark.parametrize(
         "carry",
