@@ -74,6 +74,9 @@ def test_masked_rows_and_banks_are_not_written():
     state = execute("v_mov_b32_dpp v2, v1 row_newbcast:3 row_mask:0x5 bank_mask:0x2", {"v1": VALUES, "v2": 7})
     changed = (fetch(state, "v2")[0] != 7).nonzero()[0].tolist()
     assert changed == [4, 5, 6, 7, 36, 37, 38, 39]
+    # bound_ctrl fills lanes without a source, and leaves the masked ones alone.
+    state = execute("v_mov_b32_dpp v2, v1 row_shr:6 row_mask:0x5 bank_mask:0x2 bound_ctrl:1", {"v1": VALUES, "v2": 7})
+    assert fetch(state, "v2")[0, :10].tolist() == [7, 7, 7, 7, 0, 0, VALUES[0, 0], VALUES[0, 1], 7, 7]
 
 
 def test_a_source_lane_that_is_idle():
@@ -156,6 +159,7 @@ SWIZZLES = {
     "offset:swizzle(QUAD_PERM,3,2,1,0)": LANE ^ 3,
     'offset:swizzle(BITMASK_PERM,"00ppi")': (LANE & 32) + (LANE & 7 ^ 1),
     f"offset:{0x1F | 5 << 10}": LANE ^ 5,
+    f"offset:{0x1C | 1 << 5 | 14 << 10}": (LANE & 32) + (((LANE & 0x1C) | 1) ^ 14),
     f"offset:{0x8000 | 0b00011011}": LANE ^ 3,
 }
 

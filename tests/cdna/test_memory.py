@@ -262,6 +262,20 @@ def test_bounds_name_the_neighbour():
         execute("global_load_dword v4, v2, s[2:3]", {"s[2:3]": first, "v2": where}, state)
 
 
+def test_the_last_bytes_of_an_argument():
+    state, (first, _) = start(np.zeros(64, np.uint32), np.zeros(64, np.uint32))
+    for provenance in (None, (0,), (0, 1)):
+        for offset, is_inside in ((248, True), (252, False), (256, False)):
+            load(state, {"s[2:3]": first, "v2": offset})
+            (step,) = decode(parse("global_load_dwordx2 v[4:5], v2, s[2:3]", "gfx942"))
+            step.instruction.provenance = provenance
+            if is_inside:
+                step.run(state)
+            else:
+                with pytest.raises(OutOfBoundsError, match=f"byte {offset} of argument 0"):
+                    step.run(state)
+
+
 def test_provenance_names_both():
     state, (first, second) = start(np.zeros(64, np.uint32), np.zeros(64, np.uint32))
     load(state, {"s[2:3]": first, "v2": second - first})

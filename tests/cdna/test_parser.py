@@ -69,6 +69,36 @@ def test_a_whole_kernel():
     assert (data == np.arange(64) + 5).all()
 
 
+BARRIER = """
+	v_readfirstlane_b32 s4, v0
+	s_load_dwordx2 s[2:3], s[0:1], 0x0
+	v_mov_b32 v1, 0
+	v_lshlrev_b32 v3, 2, v0
+	s_cmp_eq_u32 s4, 0
+	s_cbranch_scc1 .LBB0_2
+.LBB0_1:
+	s_waitcnt lgkmcnt(0)
+	s_barrier
+	ds_read_b32 v2, v1
+	s_waitcnt lgkmcnt(0)
+	global_store_dword v3, v2, s[2:3]
+	s_endpgm
+.LBB0_2:
+	v_mov_b32 v2, 42
+	ds_write_b32 v1, v2
+	s_branch .LBB0_1
+"""
+
+
+def test_waves_wait_at_a_barrier():
+    """Wave 0 writes behind all other code, so that only the barrier keeps the other waves from reading first."""
+    text = BARRIER + ADD_ONE[ADD_ONE.index("\t.section\t.rodata") :]
+    data = np.zeros(256, np.int32)
+    report = run_kernel(text, "gfx942", (1, 1, 1), [data, 0], num_warps=4, shared_bytes=4)
+    assert (data == 42).all()
+    assert report.counts["s_barrier"] == 4
+
+
 def test_a_strided_view_shares_its_storage():
     data = np.arange(256, dtype=np.int32)
     run_kernel(ADD_ONE, "gfx942", (1, 1, 1), [data[128:192], 1], num_warps=1)

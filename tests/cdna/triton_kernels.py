@@ -101,7 +101,7 @@ def paged_gather(
 @triton.jit
 def paged_attention(q, k_cache, v_cache, table, length, out, scale, stride_block, stride_token, group: tl.constexpr,
                     width: tl.constexpr, block_size: tl.constexpr, n: tl.constexpr):  # fmt: skip
-    """One query token of one sequence, `group` query heads to a KV head (program 0), online softmax over the context."""
+    """One query token of one sequence, `group` query heads to a KV head (program 0), online softmax."""
     head, g, d, t = tl.program_id(0), tl.arange(0, 16), tl.arange(0, width), tl.arange(0, n)
     query = tl.load(q + (head * group + g)[:, None] * width + d[None, :], mask=(g < group)[:, None], other=0.0)
     best, total = tl.full([16], float("-inf"), tl.float32), tl.zeros([16], tl.float32)

@@ -1,10 +1,8 @@
 """Has the data of loads straight into LDS arrived?
 
-Such a load is done when its wave has waited on vmcnt for it, and other waves may use the bytes only after a barrier that
-follows that wait.
-
-Owns, for each dword of LDS, the wave whose load fills it and that load's number among the wave's vector memory operations.
-Only kernels that have such loads are watched.
+Such a load is done when its wave has waited on vmcnt for it, and other waves may use the bytes only after a barrier
+that follows that wait. Owns, for each dword of LDS, the wave whose load fills it and that load's number among the
+wave's vector memory operations. Only kernels that have such loads are watched.
 """
 
 from __future__ import annotations
@@ -74,6 +72,7 @@ class Arrivals:
         if bad.any():
             wave, lane = (int(part) for part in np.argwhere(bad)[0])
             raise MissingWaitError(
-                f"{instruction}: touches LDS that a load fills which may still be under way; an s_waitcnt vmcnt(...) by the"
-                f" loading wave, and a barrier if that is another wave, is missing ({machine.describe(wave, lane)})"
+                f"{instruction}: touches LDS whose load may still be under way; an s_waitcnt vmcnt(...)"
+                " by the loading wave, and a barrier if that is another wave, is missing"
+                f" ({machine.describe(wave, lane)})"
             )

@@ -99,6 +99,8 @@ class _Analysis:
             for word in range(2):
                 state.put(layout.arguments + word, frozenset({ARGUMENTS}))
         first = self.kernel.descriptor.get("user_sgpr_kernarg_preload_offset", 0)
+        if not preloads:
+            state.written &= ~((1 << layout.num_preloaded) - 1 << layout.preload)
         for word in range(layout.num_preloaded if preloads else 0):
             state.put(layout.preload + word, self._argument_word(4 * (first + word)))
         return state

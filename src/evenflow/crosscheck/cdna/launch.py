@@ -133,7 +133,7 @@ class Launch:
         if layout.arguments >= 0:
             machine.scalar[layout.arguments] = address & 0xFFFFFFFF
             machine.scalar[layout.arguments + 1] = address >> 32
-        if layout.num_preloaded:
+        if layout.num_preloaded and self.entry == self.kernel.entry:
             first = self.kernel.descriptor.get("user_sgpr_kernarg_preload_offset", 0)
             block = next(block for block in self.memory.allocations if block.address == address)
             words = self.memory.contents(block).view(np.uint32)[first : first + layout.num_preloaded]

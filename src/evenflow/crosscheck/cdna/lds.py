@@ -67,8 +67,8 @@ class LocalMemory:
         words: list[Array],
         arrives_later: bool = False,
     ) -> None:
-        """The active lanes' dwords [n, 64]; of two lanes that write the same byte the higher one wins. arrives_later: the
-        data comes straight from memory, and is there when the wave has waited for it."""
+        """The active lanes' dwords [n, 64]; of two lanes that write the same byte the higher one wins. arrives_later:
+        the data comes straight from memory, and is there when the wave has waited for it."""
         lanes = machine.active
         place = self.locate(machine, instruction, address, size)
         if self.arrivals is not None and arrives_later:
