@@ -109,3 +109,15 @@ def big_dot(name: str, m: int, n: int, k: int, num_warps: int, num_stages: int) 
 
 
 SOUND = [copy(), paged_dot("bf16"), big_dot("64x64", 64, 64, 32, 4, 2)]
+DEFECTS = [
+    big_dot("spills", 256, 128, 32, num_warps=1, num_stages=1),
+    big_dot("too-much-lds", 128, 128, 128, num_warps=8, num_stages=3),
+    big_dot("no-matrix", 8, 16, 16, num_warps=1, num_stages=1),
+    paged_dot("narrow", aligned=False),
+    copy("noisy"),
+    copy("aborting"),
+    copy("missing"),
+    copy("refused"),
+    Specialization("planted:copy_kernel", {"x_ptr": "*fp32", "y_ptr": "*fp32"}, {"BLOCK": 64}, (), 4, 1, "misnamed"),
+    copy("copy", "after-the-abort"),
+]

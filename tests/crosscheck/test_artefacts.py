@@ -5,6 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+pytest.importorskip("triton", reason="the kernel checks compile")
+
+
 from evenflow.crosscheck.artefacts import (
     UNTRACED,
     Dot,
