@@ -65,7 +65,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "plan": {"config", "model_config", "model_files", "platforms"},
     "doctor": {"platforms", "demo"},
-    "crosscheck": {"kernels", "platforms"},
     "cli": {
         "llm",
         "engine",
