@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scheduler": {"request", "sampling_params"},
     "guided": {"request", "sampling_params", "tokenizer"},
     "kernels": {"platforms"},
+    "crosscheck": {"kernels", "platforms"},
     "distributed": {"platforms"},
     "layers": {"kernels", "distributed", "model_config"},
     "models": {"layers", "model_config"},
@@ -77,7 +78,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "plan": {"config", "model_config", "model_files", "platforms"},
     "doctor": {"platforms", "demo"},
-    "cli": {"llm", "server", "engine", "plan", "doctor", "config", "platforms", "request", "sampling_params"},
+    "cli": {
+        "llm",
+        "server",
+        "engine",
+        "plan",
+        "doctor",
+        "crosscheck",
+        "kernels",
+        "config",
+        "platforms",
+        "request",
+        "sampling_params",
+    },
     "__main__": {"cli"},
 }
 NO_TORCH = {
@@ -97,7 +110,7 @@ NO_TORCH = {
     "plan",
 }
 # These may import torch inside functions, when it is certain that it is needed.
-LAZY_TORCH = {"cli", "doctor", "platforms"}
+LAZY_TORCH = {"cli", "doctor", "platforms", "crosscheck"}
 NO_TORCH_FILES = {
     "engine/client.py",
     "engine/input.py",
@@ -108,7 +121,7 @@ NO_TORCH_FILES = {
     "demo/__init__.py",
 }
 VENDORS = re.compile(r"\b(nvidia|amd|rocm|hip|is_hip|gfx\w+|sm_\d+)\b", re.IGNORECASE)
-VENDOR_FILES = {"platforms", "plan", "doctor", "demo"}
+VENDOR_FILES = {"platforms", "plan", "doctor", "demo", "crosscheck"}
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:

@@ -1,4 +1,4 @@
-"""The command line: evenflow generate, chat, serve, plan, doctor.
+"""The command line: evenflow generate, chat, serve, plan, crosscheck, doctor.
 
 Answers --help, --version and wrong usage without torch; each command imports what it needs when it runs.
 Exit codes: 0 done, 1 something failed, 2 bad input, 3 a plan that does not fit, 130 interrupted.
@@ -19,6 +19,7 @@ COMMANDS = {
     "chat": "talk with a model",
     "serve": "serve it over the OpenAI API, with a page to look at",
     "plan": "does a model fit a GPU, and how fast can it be?",
+    "crosscheck": "check the GPU kernels, for every architecture, without a GPU",
     "doctor": "what is on this machine, and what is wrong with it",
 }
 EXAMPLES = """examples:
@@ -26,6 +27,7 @@ EXAMPLES = """examples:
   evenflow chat
   evenflow serve
   evenflow plan llama-2-70b --gpu mi210 --gpus 4
+  evenflow crosscheck compile
   evenflow doctor
 
 `evenflow COMMAND --help` says more. Without --model, the built-in demo model is used."""

@@ -1,0 +1,40 @@
+"""Triton where it is installed, and a stand-in where it is not: only the launchers need it, the references do not.
+
+Kernels are written for Triton 3.6 to 3.9: no block pointers, no autotuning, plain pointers and masks.
+"""
+
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+tl: Any
+_triton: Any
+try:
+    _triton = import_module("triton")
+    tl = import_module("triton.language")
+except ImportError:
+    _triton = None
+    tl = SimpleNamespace(constexpr=object)
+
+
+class _Absent:
+    def __init__(self, kernel: Any) -> None:
+        self.name = kernel.__name__
+
+    def __getitem__(self, grid: object) -> None:
+        raise RuntimeError(
+            f"kernel {self.name} needs Triton on a GPU: `pip install triton`, or PyTorch's own build of it"
+        )
+
+
+def jit(kernel: Any) -> Any:
+    """triton.jit; without Triton, something that says so when it is launched."""
+    return _Absent(kernel) if _triton is None else _triton.jit(kernel)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()

@@ -1,0 +1,9 @@
+"""One thread for numpy and torch: the tests are many small operations."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)
