@@ -81,6 +81,12 @@ class _Analysis:
         self.kernel, self.steps = kernel, steps
         self.through_lds: Tags = NOTHING
         self.before: dict[int, _State] = {}
+        branches = [(place, step) for place, step in enumerate(steps) if step.operation.flow == "branch"]
+        self.leaders = {
+            kernel.entry,
+            *(step.instruction.target for _, step in branches),
+            *(at + 1 for at, _ in branches),
+        }
         self.pointer_words = {
             item.offset + word: position
             for position, item in enumerate(kernel.arguments)
@@ -147,13 +153,6 @@ class _Analysis:
             if place in self.leaders:
                 yield place, state
                 return
-
-    @property
-    def leaders(self) -> set[int]:
-        if not hasattr(self, "_leaders"):
-            self._leaders = {step.instruction.target for step in self.steps if step.operation.flow == "branch"}
-            self._leaders |= {place + 1 for place, step in enumerate(self.steps) if step.operation.flow == "branch"}
-        return self._leaders
 
     def transfer(self, step: Step, state: _State) -> None:
         """Apply one instruction to the state."""

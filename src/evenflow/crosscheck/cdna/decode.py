@@ -5,6 +5,7 @@ from evenflow.crosscheck.cdna.atomics import ATOMICS
 from evenflow.crosscheck.cdna.control import CONTROL
 from evenflow.crosscheck.cdna.convert import CONVERT
 from evenflow.crosscheck.cdna.divide import DIVIDE
+from evenflow.crosscheck.cdna.dots import DOTS
 from evenflow.crosscheck.cdna.errors import AssemblyError
 from evenflow.crosscheck.cdna.lanes import LANE_MOVES
 from evenflow.crosscheck.cdna.lds import LDS
@@ -24,6 +25,7 @@ _TABLES = (
     COMPARE,
     CONVERT,
     DIVIDE,
+    DOTS,
     PACKED,
     LANE_MOVES,
     MATRIX,
