@@ -276,8 +276,7 @@ def _refuse(instruction: Instruction, unwritten: list[int]) -> Run:
 
 
 def analyse(kernel: Kernel, steps: list[Step]) -> None:
-    """Note on each instruction where its address comes from, and make one that reads what nobody wrote fail when it
-    runs."""
+    """Note where each address comes from, and make an instruction that reads what nobody wrote fail when it runs."""
     analysis = _Analysis(kernel, steps)
     analysis.solve()
     for start in sorted(analysis.before):

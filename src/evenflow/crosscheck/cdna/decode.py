@@ -1,5 +1,4 @@
-"""All instruction tables in one, and the step from parsed text to something executable. Owns no instruction of its
-own."""
+"""All instruction tables in one, and the step from parsed text to something executable. Owns no instruction."""
 
 from evenflow.crosscheck.cdna.atomics import ATOMICS
 from evenflow.crosscheck.cdna.control import CONTROL
