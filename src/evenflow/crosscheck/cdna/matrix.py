@@ -1,8 +1,8 @@
 """Matrix instructions (MFMA): D = A B + C over one wave, in the register layout that AMD publishes.
 
-With M x N x K and B blocks, lane l holds row i = l % M of A (column j = l % N of B) in lane group g = l // M and block
-g % B; its E elements are k = (g // B) E + e. The results' layout is in `result_layout`. EXEC is ignored, as the hardware
-does. Sums are in float32 and in numpy's order, not the hardware's; products of float32 sources likewise.
+With M x N x K and B blocks, lane l holds row i = l % M of A (column j = l % N of B) in lane group g = l // M, which has
+block g % B; its E elements are k = (g // B) E + e. The results' layout is in `result_layout`. EXEC is ignored, as the
+hardware does. Sums are in float32 and in numpy's order, not the hardware's; so are products of float32 sources.
 """
 
 from dataclasses import dataclass
