@@ -59,17 +59,21 @@ INTEGER = {
     "v_mad_u32_u24": lambda a, b, c: (a & 0xFFFFFF) * (b & 0xFFFFFF) + c,
     "v_min3_u32": min,
     "v_max3_i32": lambda a, b, c: max(s(a), s(b), s(c)),
+    "v_max3_i16": lambda a, b, c: max(s(v & 0xFFFF, 16) for v in (a, b, c)) & 0xFFFF,
+    "v_min3_u16": lambda a, b, c: min(v & 0xFFFF for v in (a, b, c)),
     "v_med3_i32": lambda a, b, c: sorted((s(a), s(b), s(c)))[1],
     "v_mov_b32": lambda a: a,
     "v_not_b32": lambda a: ~a,
     "v_bfrev_b32": lambda a: int(f"{a:032b}"[::-1], 2),
     "v_ffbh_u32": lambda a: 32 - a.bit_length() if a else -1,
+    "v_ffbh_i32": lambda a: (lambda run: 32 - run if run else -1)((a ^ -(a >> 31) & M32).bit_length()),
     "v_ffbl_b32": lambda a: (a & -a).bit_length() - 1,
     "v_add_u16": lambda a, b: a + b & 0xFFFF,
     "v_mul_lo_u16": lambda a, b: a * b & 0xFFFF,
     "v_lshlrev_b16": lambda a, b: b << (a & 15) & 0xFFFF,
     "v_ashrrev_i16": lambda a, b: s(b & 0xFFFF, 16) >> (a & 15) & 0xFFFF,
     "v_max_i16": lambda a, b: max(s(a & 0xFFFF, 16), s(b & 0xFFFF, 16)) & 0xFFFF,
+    "v_mad_legacy_u16": lambda a, b, c: a * b + c & 0xFFFF,
     "v_mad_u16": lambda a, b, c: a * b + c & 0xFFFF,
 }
 
@@ -77,7 +81,7 @@ INTEGER = {
 @pytest.mark.parametrize("name", INTEGER)
 def test_integer(name):
     function = INTEGER[name]
-    count = 1 if name in ("v_mov_b32", "v_not_b32", "v_bfrev_b32", "v_ffbh_u32", "v_ffbl_b32") else None
+    count = 1 if name in ("v_mov_b32", "v_not_b32", "v_bfrev_b32", "v_ffbh_u32", "v_ffbh_i32", "v_ffbl_b32") else None
     count = count or function.__code__.co_argcount if hasattr(function, "__code__") else (3 if "3_" in name else 2)
     sources = (A, B, C)[:count]
     state = execute(f"{name} v9, {', '.join(('v1', 'v2', 'v3')[:count])}", {"v1": A, "v2": B, "v3": C})
@@ -290,6 +294,48 @@ def test_multiply_add_forms():
     assert fetch(state, "v3", np.float32)[place] == exact(a, b, c)
     assert fetch(state, "v8", np.float32)[place] == exact(a, b, 2)
     assert fetch(state, "v7", np.float32)[place] == exact(a, 2, b)
+
+
+def test_unfused_multiply_add_rounds_twice_and_flushes():
+    a, b, c = np.float32([1 + 2**-12, 1e-30, 1e-39]), np.float32([1 + 2**-12, 1e-10, 2]), np.float32([-1, 0, 1])
+    registers = {name: np.resize(part, (WAVES, 64)) for name, part in zip(("v1", "v2", "v3"), (a, b, c), strict=True)}
+    state = execute("v_mad_f32 v9, v1, v2, v3\nv_mac_f32 v3, v1, v2\nv_madmk_f32 v8, v1, 0x40000000, v2", registers)
+    expected = np.float32([np.float32(a[0] * b[0]) - 1, 0, 1])
+    assert (fetch(state, "v9", np.float32)[0, :3] == expected).all()
+    assert (fetch(state, "v3", np.float32)[0, :3] == expected).all()
+    assert fetch(state, "v8", np.float32)[0, 0] == a[0] * 2 + b[0]
+
+
+def test_dot_products():
+    generator = np.random.default_rng(0)
+    bits = generator.integers(0, 1 << 32, (3, WAVES, 64), dtype=np.uint64).astype(np.uint32)
+    text = "v_dot4_i32_i8 v9, v1, v2, v3\nv_dot4_u32_u8 v8, v1, v2, v3\nv_dot4c_i32_i8 v3, v1, v2"
+    state = execute(text, {"v1": bits[0], "v2": bits[1], "v3": bits[2]})
+    a, b = (part.view(np.int8).reshape(WAVES, 64, 4).astype(np.int64) for part in bits[:2])
+    assert (fetch(state, "v9") == ((a * b).sum(-1) + bits[2] & M32)).all()
+    assert (fetch(state, "v3") == fetch(state, "v9")).all()
+    assert (fetch(state, "v8") == (((a & 255) * (b & 255)).sum(-1) + bits[2] & M32)).all()
+    halves = generator.standard_normal((2, WAVES, 64, 2)).astype(np.float16)
+    packed = halves.view(np.uint32)[..., 0]
+    total = generator.standard_normal((WAVES, 64)).astype(np.float32)
+    state = execute(
+        "v_dot2_f32_f16 v9, v1, v2, v3\nv_dot2c_f32_f16 v3, v1, v2", {"v1": packed[0], "v2": packed[1], "v3": total}
+    )
+    expected = ((halves[0].astype(np.float64) * halves[1]).sum(-1) + total).astype(np.float32)
+    assert (fetch(state, "v9", np.float32) == expected).all()
+    assert (fetch(state, "v3", np.float32) == expected).all()
+    bfloats = (halves.astype(np.float32).view(np.uint32) >> 16).astype(np.uint32)
+    packed = bfloats[..., 0] | bfloats[..., 1] << 16
+    exact = (bfloats << 16).view(np.float32).astype(np.float64)
+    state = execute("v_dot2_f32_bf16 v9, v1, v2, 0", {"v1": packed[0], "v2": packed[1]}, arch="gfx950")
+    assert (fetch(state, "v9", np.float32) == (exact[0] * exact[1]).sum(-1).astype(np.float32)).all()
+
+
+def test_special_cases_of_half_division():
+    a, b = lanes_of(0x3C00, 0x0000, 0x7C00, 0x3C00, 0x7E00), lanes_of(0xC000, 0x0000, 0xFC00, 0x8000, 0x3C00)
+    state = execute("v_div_fixup_f16 v9, v3, v2, v1", {"v1": a, "v2": b, "v3": 0x3800})
+    assert fetch(state, "v9")[0, [0, 3]].tolist() == [0xB800, 0xFC00]
+    assert ((fetch(state, "v9")[0, [1, 2, 4]] & 0x7FFF) > 0x7C00).all()
 
 
 def test_division_sequence_is_correctly_rounded():

@@ -233,8 +233,7 @@ def _scale_output(instruction: Instruction) -> Callable[[Array], Array] | None:
 
 
 def round_to_f16(machine: Machine, value: Array) -> Array:
-    """float32 or float64 to fp16 codes; overflow is clamped to the largest finite value where the wave's mode says
-    so."""
+    """float32 or float64 to fp16 codes; overflow becomes the largest finite value where the wave's mode says so."""
     codes = f32_to_f16(value)
     if machine.clamps_overflow[machine.waves].any():
         overflowed = np.isfinite(value) & ((codes & np.uint32(0x7FFF)) == 0x7C00)

@@ -1,5 +1,4 @@
-"""Atomic operations on global memory, through buffers and on LDS. One lane after the other, in the order of waves and
-lanes.
+"""Atomic operations on global memory, through buffers and on LDS, lane after lane in the order of waves.
 
 Owns the table of operations on one value; addresses come from `vector_memory` and `lds`.
 """

@@ -81,6 +81,12 @@ class _Analysis:
         self.kernel, self.steps = kernel, steps
         self.through_lds: Tags = NOTHING
         self.before: dict[int, _State] = {}
+        branches = [(place, step) for place, step in enumerate(steps) if step.operation.flow == "branch"]
+        self.leaders = {
+            kernel.entry,
+            *(step.instruction.target for _, step in branches),
+            *(at + 1 for at, _ in branches),
+        }
         self.pointer_words = {
             item.offset + word: position
             for position, item in enumerate(kernel.arguments)
@@ -147,13 +153,6 @@ class _Analysis:
             if place in self.leaders:
                 yield place, state
                 return
-
-    @property
-    def leaders(self) -> set[int]:
-        if not hasattr(self, "_leaders"):
-            self._leaders = {step.instruction.target for step in self.steps if step.operation.flow == "branch"}
-            self._leaders |= {place + 1 for place, step in enumerate(self.steps) if step.operation.flow == "branch"}
-        return self._leaders
 
     def transfer(self, step: Step, state: _State) -> None:
         """Apply one instruction to the state."""
@@ -277,8 +276,7 @@ def _refuse(instruction: Instruction, unwritten: list[int]) -> Run:
 
 
 def analyse(kernel: Kernel, steps: list[Step]) -> None:
-    """Note on each instruction where its address comes from, and make one that reads what nobody wrote fail when it
-    runs."""
+    """Note where each address comes from, and make an instruction that reads what nobody wrote fail when it runs."""
     analysis = _Analysis(kernel, steps)
     analysis.solve()
     for start in sorted(analysis.before):

@@ -1,10 +1,10 @@
-"""All instruction tables in one, and the step from parsed text to something executable. Owns no instruction of its
-own."""
+"""All instruction tables in one, and the step from parsed text to something executable. Owns no instruction."""
 
 from evenflow.crosscheck.cdna.atomics import ATOMICS
 from evenflow.crosscheck.cdna.control import CONTROL
 from evenflow.crosscheck.cdna.convert import CONVERT
 from evenflow.crosscheck.cdna.divide import DIVIDE
+from evenflow.crosscheck.cdna.dots import DOTS
 from evenflow.crosscheck.cdna.errors import AssemblyError
 from evenflow.crosscheck.cdna.lanes import LANE_MOVES
 from evenflow.crosscheck.cdna.lds import LDS
@@ -24,6 +24,7 @@ _TABLES = (
     COMPARE,
     CONVERT,
     DIVIDE,
+    DOTS,
     PACKED,
     LANE_MOVES,
     MATRIX,

@@ -29,12 +29,14 @@ class _Format:
 
 
 SINGLE = _Format("f32", 23, 0xFF, 64, 96, 23, -150, 128)
+# Half precision is divided in float32; only its special cases are looked at, and those have no limits of exponents.
+HALF = _Format("f16", 23, 0xFF, 0, 0, 0, -1000, 1000)
 DOUBLE = _Format("f64", 52, 0x7FF, 128, 768, 53, -1075, 1024)
 
 
 def _exponent(value: Array, form: _Format) -> Array:
     """The biased exponent, int64."""
-    bits = np.ascontiguousarray(value).view(np.uint32 if form.kind == "f32" else np.uint64)
+    bits = np.ascontiguousarray(value).view(np.uint64 if form is DOUBLE else np.uint32)
     return (bits >> bits.dtype.type(form.mantissa_bits)).astype(np.int64) & form.exponent_mask
 
 
@@ -137,6 +139,7 @@ DIVIDE: dict[str, Operation] = {
     "v_div_scale_f32": _div_scale(SINGLE),
     "v_div_fmas_f32": _div_fmas(SINGLE),
     "v_div_fixup_f32": _div_fixup(SINGLE),
+    "v_div_fixup_f16": _div_fixup(HALF),
     "v_div_scale_f64": _div_scale(DOUBLE),
     "v_div_fmas_f64": _div_fmas(DOUBLE),
     "v_div_fixup_f64": _div_fixup(DOUBLE),

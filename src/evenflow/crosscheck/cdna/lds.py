@@ -37,8 +37,7 @@ class LocalMemory:
         self.arrivals: Arrivals | None = None
 
     def locate(self, machine: Machine, instruction: Instruction, address: Array, size: int) -> Array:
-        """int64 [n, 64] byte indices; raises if an active lane leaves the workgroup's bytes. Idle lanes get the first
-        byte."""
+        """int64 [n, 64] byte indices, the first byte for idle lanes; raises if an active lane leaves them."""
         address = machine.broadcast(address)
         bad = machine.active & ((address < 0) | (address + size > self.size))
         if bad.any():

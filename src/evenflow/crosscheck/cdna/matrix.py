@@ -1,8 +1,8 @@
 """Matrix instructions (MFMA): D = A B + C over one wave, in the register layout that AMD publishes.
 
-With M x N x K and B blocks, lane l holds row i = l % M of A (column j = l % N of B) in lane group g = l // M; block g %
-B; its E elements are k = (g // B) E + e. The results' layout is in `result_layout`. EXEC is ignored, as the hardware
-does. Sums are in float32 and in numpy's order, not the hardware's; products of float32 sources likewise.
+With M x N x K and B blocks, lane l holds row i = l % M of A (column j = l % N of B) in lane group g = l // M, which has
+block g % B; its E elements are k = (g // B) E + e. The results' layout is in `result_layout`. EXEC is ignored, as the
+hardware does. Sums are in float32 and in numpy's order, not the hardware's; so are products of float32 sources.
 """
 
 from dataclasses import dataclass
@@ -111,8 +111,7 @@ def _matrix(values: Array, size: int, shape: Shape) -> Array:
 
 
 def _wide_matrix(values: Array, size: int, shape: Shape, kind: str) -> Array:
-    """The same for f8f6f4. A lane's 32 codes of 8 bits are two runs of 16, half of K apart; its codes of 4 bits one
-    run."""
+    """The same for f8f6f4. A lane's 32 codes of 8 bits are two runs of 16, half of K apart; those of 4 bits are one."""
     if ELEMENT_BITS[kind] != 8:
         return _matrix(values, size, shape)
     lanes = values.reshape(len(values), WAVE // size, size, 2, 16)

@@ -1,8 +1,6 @@
-"""Scalar instructions: arithmetic with SCC, compares, bit fields, EXEC masks, scalar loads. Owns no branch (see
-`control`).
+"""Scalar arithmetic with SCC, compares, bit fields and EXEC masks. Branches are in `control`, loads in `vector_memory`.
 
 Each entry of a table is a plain function of unsigned numpy arrays [n]; the builders below wrap it with operand access.
-A `carry` function gives SCC; without one SCC is "the result is not 0", and `scc=None` leaves SCC alone.
 """
 
 from collections.abc import Callable

@@ -140,14 +140,14 @@ def _multiply_add_64(product: Callable[[Array, Array], Array]) -> Operation:
     return Operation(bind, num_destinations=2)
 
 
-def _literal_multiply_add(order: tuple[int, int, int]) -> Operation:
-    """v_fmaak (a * b + K) and v_fmamk (a * K + b): the literal's place in the text differs."""
+def _literal_multiply_add(compute: Callable[..., Array]) -> Operation:
+    """v_fmaak (a * b + K) and v_fmamk (a * K + b): the literal stands where it is multiplied or added."""
 
     def bind(instruction: Instruction) -> Run:
         operands = expect(instruction, 4)
-        readers = [reader(operands[1 + place], "f32") for place in order]
+        readers = [reader(operand, "f32") for operand in operands[1:]]
         write = writer(instruction, operands[0], "f32")
-        return lambda machine: write(machine, fma_f32(*[read(machine) for read in readers]))
+        return lambda machine: write(machine, compute(*[read(machine) for read in readers]))
 
     return Operation(bind)
 
@@ -243,6 +243,25 @@ def _shift64(a: Array, b: Array) -> Array:
     return (a & U32(63)).astype(b.dtype)
 
 
+def _flushed(value: Array) -> Array:
+    """Denormals become 0."""
+    return np.where(np.abs(value) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), value), value)
+
+
+def multiply_add_flushed(a: Array, b: Array, c: Array) -> Array:
+    """v_mad: rounds twice and knows no denormals, whatever the mode."""
+    return _flushed(_flushed(_flushed(a) * _flushed(b)) + _flushed(c))
+
+
+def _multiply_legacy(a: Array, b: Array) -> Array:
+    return np.where((a == 0) | (b == 0), np.float32(0), a * b)
+
+
+def _sign_run(bits: Array) -> Array:
+    """How many of the highest bits equal the sign, all ones if all do."""
+    return leading_zeros(bits ^ unsigned(signed(bits) >> np.int32(31)))
+
+
 def _multiply_24(a: Array, b: Array) -> Array:
     return unsigned((a.astype(np.int64) * b.astype(np.int64)).astype(np.int32))
 
@@ -286,16 +305,6 @@ INTEGER: dict[str, Operation] = {
     "v_max_u32": alu("u32", "u32 u32", np.maximum),
     "v_min_i32": alu("i32", "i32 i32", np.minimum),
     "v_max_i32": alu("i32", "i32 i32", np.maximum),
-    "v_min3_u32": alu("u32", "u32 u32 u32", lambda a, b, c: np.minimum(np.minimum(a, b), c)),
-    "v_max3_u32": alu("u32", "u32 u32 u32", lambda a, b, c: np.maximum(np.maximum(a, b), c)),
-    "v_min3_i32": alu("i32", "i32 i32 i32", lambda a, b, c: np.minimum(np.minimum(a, b), c)),
-    "v_max3_i32": alu("i32", "i32 i32 i32", lambda a, b, c: np.maximum(np.maximum(a, b), c)),
-    "v_med3_u32": alu(
-        "u32", "u32 u32 u32", lambda a, b, c: np.maximum(np.minimum(a, b), np.minimum(np.maximum(a, b), c))
-    ),
-    "v_med3_i32": alu(
-        "i32", "i32 i32 i32", lambda a, b, c: np.maximum(np.minimum(a, b), np.minimum(np.maximum(a, b), c))
-    ),
     "v_mul_lo_u32": alu("u32", "u32 u32", lambda a, b: a * b),
     "v_mul_hi_u32": alu("u32", "u32 u32", lambda a, b: high_product(a, b, False)),
     "v_mul_hi_i32": alu("u32", "u32 u32", lambda a, b: high_product(a, b, True)),
@@ -326,6 +335,7 @@ INTEGER: dict[str, Operation] = {
     "v_bcnt_u32_b32": alu("u32", "u32 u32", lambda a, b: count_ones(a) + b),
     "v_bfrev_b32": alu("u32", "u32", reverse_bits),
     "v_ffbh_u32": alu("u32", "u32", leading_zeros),
+    "v_ffbh_i32": alu("u32", "u32", _sign_run),
     "v_ffbl_b32": alu("u32", "u32", first_one),
     "v_add_co_u32": _carrying(lambda a, b, carry: a + b, False),
     "v_sub_co_u32": _carrying(lambda a, b, carry: a - b, False),
@@ -338,6 +348,7 @@ INTEGER: dict[str, Operation] = {
     "v_subrev_u16": alu("u16", "u16 u16", lambda a, b: b - a),
     "v_mul_lo_u16": alu("u16", "u16 u16", lambda a, b: a * b),
     "v_mad_u16": alu("u16", "u16 u16 u16", lambda a, b, c: a * b + c),
+    "v_mad_legacy_u16": alu("u16", "u16 u16 u16", lambda a, b, c: a * b + c),
     "v_lshlrev_b16": alu("u16", "u16 u16", lambda a, b: b << (a & U32(15))),
     "v_lshrrev_b16": alu("u16", "u16 u16", lambda a, b: b >> (a & U32(15))),
     "v_ashrrev_i16": alu("i16", "u16 i16", lambda a, b: b >> (a & U32(15)).astype(np.int32)),
@@ -347,11 +358,25 @@ INTEGER: dict[str, Operation] = {
     "v_max_i16": alu("i16", "i16 i16", np.maximum),
 }
 
+_OF_THREE: dict[str, Callable[[Array, Array, Array], Array]] = {
+    "min3": lambda a, b, c: np.minimum(np.minimum(a, b), c),
+    "max3": lambda a, b, c: np.maximum(np.maximum(a, b), c),
+    "med3": lambda a, b, c: np.maximum(np.minimum(a, b), np.minimum(np.maximum(a, b), c)),
+}
+for _kind in ("u16", "i16", "u32", "i32"):
+    for _name, _function in _OF_THREE.items():
+        INTEGER[f"v_{_name}_{_kind}"] = alu(_kind, f"{_kind} {_kind} {_kind}", _function)
+
 FLOAT: dict[str, Operation] = {
     "v_fma_f32": alu("f32", "f32 f32 f32", fma_f32),
     "v_fmac_f32": alu("f32", "f32 f32 f32", fma_f32, updates=True),
-    "v_fmaak_f32": _literal_multiply_add((0, 1, 2)),
-    "v_fmamk_f32": _literal_multiply_add((0, 1, 2)),
+    "v_fmaak_f32": _literal_multiply_add(fma_f32),
+    "v_fmamk_f32": _literal_multiply_add(fma_f32),
+    "v_mad_f32": alu("f32", "f32 f32 f32", multiply_add_flushed),
+    "v_mac_f32": alu("f32", "f32 f32 f32", multiply_add_flushed, updates=True),
+    "v_madak_f32": _literal_multiply_add(multiply_add_flushed),
+    "v_madmk_f32": _literal_multiply_add(multiply_add_flushed),
+    "v_mul_legacy_f32": alu("f32", "f32 f32", _multiply_legacy),
     "v_max3_f32": alu("f32", "f32 f32 f32", lambda a, b, c: np.fmax(np.fmax(a, b), c)),
     "v_min3_f32": alu("f32", "f32 f32 f32", lambda a, b, c: np.fmin(np.fmin(a, b), c)),
     "v_med3_f32": alu("f32", "f32 f32 f32", median),

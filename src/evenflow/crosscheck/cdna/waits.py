@@ -143,8 +143,7 @@ def check_waits(steps: Sequence[Step], segments: Sequence[Segment]) -> None:
 
 
 def _traces(segments: Sequence[Segment]) -> list[tuple[tuple[int, int], ...]]:
-    """For each wave the runs that it executed; runs that follow each other are joined, so that equal paths compare
-    equal."""
+    """For each wave the runs that it executed, neighbours joined, so that equal paths compare equal."""
     num_waves = 1 + max((int(waves.max()) for waves, _, _ in segments), default=-1)
     paths: list[list[tuple[int, int]]] = [[] for _ in range(num_waves)]
     for waves, first, end in segments:
