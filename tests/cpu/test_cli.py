@@ -12,7 +12,7 @@ from checkpoints import edit_config, make_checkpoint
 
 import evenflow.llm
 from evenflow import EngineConfig, SamplingParams
-from evenflow.cli import main
+from evenflow.cli import COMMANDS, main
 from evenflow.cli.options import SAMPLING
 from evenflow.request import CompletionOutput, RequestOutput
 
@@ -208,7 +208,7 @@ def test_there_are_few_options():
     assert {name for name, *_ in SAMPLING} <= fields
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "plan", "doctor"])
+@pytest.mark.parametrize("command", list(COMMANDS))
 def test_help_has_examples(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
@@ -219,7 +219,7 @@ def test_help_and_version(capsys):
     code, out, _ = run(capsys)
     assert code == 0
     assert run(capsys, "--help")[:2] == (0, out)
-    assert all(command in out for command in ("generate", "chat", "plan", "doctor"))
+    assert all(command in out for command in COMMANDS)
     assert run(capsys, "--version")[1] == f"evenflow {evenflow.__version__}\n"
 
 
