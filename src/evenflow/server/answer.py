@@ -1,7 +1,6 @@
 """One choice of a chat on its way: text in, events out, and what they add up to. Chat and responses share it."""
 
-import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from evenflow.server.tool_use import ToolUse
 from evenflow.server.tools import TextDelta, ToolCallArguments, ToolCallStart, ToolEvent
@@ -12,15 +11,15 @@ class ToolCall:
     """A call that the model made. call_id is what the client sends back with its result."""
 
     name: str
+    call_id: str
     arguments: str = ""
-    call_id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
 
 
 class Answer:
     """Collects what the events say; `feed` also returns them, for whoever streams."""
 
     def __init__(self, tools: ToolUse) -> None:
-        self._parser = tools.new_parser()
+        self._parser, self._new_call_id = tools.new_parser(), tools.new_call_id
         self._pieces: list[str] = []
         self.calls: list[ToolCall] = []
 
@@ -36,7 +35,7 @@ class Answer:
             if isinstance(event, TextDelta):
                 self._pieces.append(event.text)
             elif isinstance(event, ToolCallStart):
-                self.calls.append(ToolCall(event.name))
+                self.calls.append(ToolCall(event.name, self._new_call_id()))
             elif isinstance(event, ToolCallArguments):
                 self.calls[event.index].arguments += event.delta
         return events

@@ -1,5 +1,6 @@
 """What one chat does with tools: reads the body's fields, constrains the sampling, says how its text is to be read."""
 
+import uuid
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,11 @@ class ToolUse:
                 f"tool_choice={self.choice.kind!r} and response_format cannot be combined; drop one of them"
             )
         return params.replace(**changes)
+
+    def new_call_id(self) -> str:
+        """Mistral's templates refuse ids that are not nine letters or digits."""
+        number = uuid.uuid4().hex
+        return number[:9] if self.tool_format.name == "mistral" else f"call_{number[:24]}"
 
     def new_parser(self) -> ToolParser | PlainText:
         return PlainText() if self.choice.kind == "none" else ToolParser(self.tool_format)
