@@ -113,6 +113,7 @@ NO_TORCH = {
 LAZY_TORCH = {"cli", "doctor", "platforms", "crosscheck"}
 NO_TORCH_FILES = {
     "engine/client.py",
+    "engine/generation.py",
     "engine/input.py",
     "engine/messages.py",
     "engine/opening.py",

@@ -6,7 +6,8 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from enum import Enum
 
-from evenflow.engine.client import EngineClient, EngineDeadError, Generation
+from evenflow.engine.client import EngineClient, EngineDeadError
+from evenflow.engine.generation import Generation
 from evenflow.engine.input import Prompt
 from evenflow.engine.opening import OpenedModel
 from evenflow.guided.checker import GrammarChecker
