@@ -176,6 +176,24 @@ def test_an_engine_that_ends_at_once_is_told():
         asyncio.run(client.start())
 
 
+def test_a_message_that_cannot_be_used_is_the_end(monkeypatch, caplog):
+    async def work(client):
+        monkeypatch.setattr(client, "_apply", lambda message: 1 / 0)
+        with pytest.raises(EngineDeadError, match="could not be used: ZeroDivisionError"):
+            await collect(client, ONCE, MIX[0])
+
+    with_client(work)
+
+
+def test_a_large_model_on_a_cpu_gets_time_for_its_largest_step(monkeypatch):
+    monkeypatch.setattr("evenflow.engine.client.SLOWEST_CPU_FLOPS", 1e6)
+
+    async def work(client):
+        return client._engine_timeout_s
+
+    assert with_client(work) == pytest.approx(2 * 64 * 4_918_528 / 1e6)
+
+
 def test_a_closed_client_takes_nothing():
     async def main():
         client = make_client()

@@ -39,7 +39,9 @@ class Listening:
     def __init__(self, bounds: Bounds) -> None:
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.address = self.socket.getsockname()
-        config = uvicorn.Config(app, http=bounded(bounds), ws="none", lifespan="off", log_config=None)
+        config = uvicorn.Config(
+            app, http=bounded(bounds), ws="none", lifespan="off", log_config=None, timeout_keep_alive=60
+        )
         self.server = Server(config)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve([self.socket])))
         self.thread.start()
@@ -161,7 +163,41 @@ NO_HTTP = [
     b"POST / HTTP/1.1\r\nHost : a\r\n\r\n",
     b"POST / HTTP/1.1\r\n X: a\r\n\r\n",
     b"CONNECT evil:443 HTTP/1.1\r\n\r\n",
+    b"GET / HTTP/2.0\r\nHost: a\r\n\r\n",
+    b"GET / HTTP/0.9\r\nHost: a\r\n\r\n",
+    b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"POST / HTTP/1.1\r\nContent-Length: 0\r\n\r\n",  # no Host
+    b"POST / HTTP/1.1\r\nHost: a\r\nHost: b\r\nContent-Length: 0\r\n\r\n",
+    head("Transfer-Encoding: gzip, chunked") + b"0\r\n\r\n",
+    head("Transfer-Encoding: chunked") + b"1\r\n{\r\n0\r\nAuthorization: Bearer stolen\r\n\r\n",  # a trailer
 ]
+
+
+def test_a_trailer_that_never_ends_is_cut_off(patient):
+    begin = head("Transfer-Encoding: chunked") + b"1\r\n{\r\n0\r\nX: "
+    assert status(patient.ask(begin, *[b"a" * 100_000] * 10)) == 431
+
+
+def test_an_upgrade_whose_head_comes_in_parts_is_refused_not_answered_without_its_body(patient):
+    data = head("Connection: Upgrade", "Upgrade: h2c", f"Content-Length: {len(BODY)}", close=False) + BODY
+    at = data.index(b"pgrade: h2c")
+    with socket.create_connection(patient.address) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sendall(data[:at])
+        before = len(patient.server.server_state.connections)
+        while not before:  # until the first part has been read
+            before = len(patient.server.server_state.connections)
+        while not any(p.headers for p in patient.server.server_state.connections):
+            pass
+        connection.sendall(data[at:])
+        answer = read_all(connection)
+    assert status(answer) == 400
+    assert "pgrade" in error(answer)["message"]
+
+
+def test_pipelining_is_bounded(patient):
+    one = head(f"Content-Length: {len(BODY)}", close=False) + BODY
+    assert patient.ask(one * 1000).count(b"[3, 17]") < 100
 
 
 @pytest.mark.parametrize("data", NO_HTTP)
@@ -193,6 +229,17 @@ def test_the_time_starts_anew_with_each_request(hasty):
     answer = hasty.ask(head(f"Content-Length: {len(BODY)}", close=False) + BODY + b"POST / HT")
     assert answer.startswith(b"HTTP/1.1 200")
     assert b"HTTP/1.1 408" in answer
+
+
+def test_bytes_that_begin_no_request_keep_no_connection(hasty):
+    with socket.create_connection(hasty.address) as connection:
+        connection.settimeout(20)  # below uvicorn's own time for idle connections
+        connection.sendall(head(f"Content-Length: {len(BODY)}", close=False) + BODY)
+        answer = b""
+        while not answer.endswith(b"[3, 17]"):
+            answer += connection.recv(65536)
+        connection.sendall(b"\r\n")
+        assert status(read_all(connection)) == 408
 
 
 def test_a_reader_that_reads_nothing_is_disconnected(hasty):

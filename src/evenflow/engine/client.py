@@ -51,6 +51,7 @@ logger = logging.getLogger("evenflow")
 
 ENGINE_COMMAND = (sys.executable, "-m", "evenflow.engine.process")
 IMPORT_DEADLINE_S = 180.0  # until the new process says its first word; most of it is the import of torch
+SLOWEST_CPU_FLOPS = 5e10  # a second: so long may the largest step of a large model take before it counts as hung
 STOP_TIMEOUT_S = 5.0  # between being asked to stop and being killed
 # Threads of a CPU's parallel operations that spin long at each barrier take the cores that the front needs: with the
 # demo model and 64 streams on 2 cores, 640 to 940 tokens/s with OpenMP's default, 740 to 1,060 with this.
@@ -69,7 +70,8 @@ class EngineDeadError(RuntimeError):
 class EngineClient:
     """One engine in a process of its own. `start` it, `generate`, `close` it.
 
-    engine_timeout_s: with work pending and no word from the engine for so long, it counts as hung, and is killed.
+    engine_timeout_s: with work pending and no word from the engine for so long, it counts as hung, and is killed. On a
+    CPU it is at least what the largest step of the model may take.
     engine_command: for tests that plant faults.
     """
 
@@ -112,6 +114,9 @@ class EngineClient:
             await self.close()
             raise
         self.settings, self.memory_account = ready.settings, ready.memory_account
+        if ready.settings.device == "cpu":
+            step_flops = 2 * ready.settings.max_num_batched_tokens * self.opened.model_config.num_parameters
+            self._engine_timeout_s = max(self._engine_timeout_s, step_flops / SLOWEST_CPU_FLOPS)
         self._inputs = InputProcessor(
             ready.settings, self.opened.model_config, self.opened.tokenizer, self.opened.generation_config
         )
@@ -302,8 +307,12 @@ class EngineClient:
     # The engine's words
 
     async def _receive_forever(self) -> None:
-        while True:
-            self._apply(await self._receive())
+        try:
+            while True:
+                self._apply(await self._receive())
+        except Exception as error:  # nothing would come any more, and nobody would know
+            logger.exception("a message of the engine could not be used")
+            self._die(EngineDeadError(f"a message of the engine could not be used: {type(error).__name__}"))
 
     def _apply(self, message: ToFront) -> None:
         self._last_heard_s = time.monotonic()

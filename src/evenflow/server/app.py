@@ -63,7 +63,7 @@ class Endpoints:
         if span is not None:
             generation.trace(span, call.id, call.operation)
         if is_streaming:
-            return EventStream(call.frames(generation))
+            return EventStream(call.frames(generation), generation)
         try:
             return json_response(await unless_disconnected(request.receive, call.whole(generation)))
         finally:

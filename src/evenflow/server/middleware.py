@@ -96,7 +96,8 @@ class _Exchange:
             "request_id": self.request_id,
             "client": (scope["client"] or ("-",))[0],
             "method": scope["method"],
-            "path": scope["path"].encode("unicode_escape").decode(),  # no line of the log is the client's to write
+            # No line of the log, and no field of one, is the client's to write.
+            "path": scope["path"].encode("unicode_escape").decode().replace('"', "%22"),
             "status": self.status or CLIENT_LEFT,
             "bytes": self._num_bytes,
             "duration_ms": round(1000 * (time.perf_counter() - self._start_s), 1),
