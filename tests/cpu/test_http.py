@@ -81,7 +81,7 @@ def patient():
 
 @pytest.fixture(scope="module")
 def hasty():
-    listening = Listening(Bounds(receive_s=0.1, write_s=0.1))
+    listening = Listening(Bounds(receive_s=0.5, write_s=0.5))
     yield listening
     listening.close()
 

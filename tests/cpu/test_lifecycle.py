@@ -93,7 +93,7 @@ def test_a_killed_engine_ends_the_server_with_one_line_of_cause():
 
 
 def test_a_hung_engine_is_found_out_and_killed():
-    with ServerProcess("--engine-timeout", "1", exit_code=1) as server:
+    with ServerProcess("--engine-timeout", "3", exit_code=1) as server:
         engine = server.engine_pid()
         response, lines = begin(server)
         os.kill(engine, signal.SIGSTOP)
@@ -101,7 +101,7 @@ def test_a_hung_engine_is_found_out_and_killed():
         response.close()
         assert server.wait() == 1
         assert not is_alive(engine)
-        assert any("no sign of life for 1 s" in line for line in server.lines)
+        assert any("no sign of life for 3 s" in line for line in server.lines)
 
 
 def test_an_idle_engine_that_is_stopped_is_not_ready():
