@@ -161,7 +161,8 @@ def test_a_step_that_fails_takes_those_launched_after_it_along(directory, monkey
     monkeypatch.setattr(owner, name, failing)
     outputs = llm.generate(prompts(5), plain, use_tqdm=False)
     assert {output.outputs[0].finish_reason for output in outputs} == {"error"}
-    assert not llm.engine.has_unfinished
+    while llm.engine.has_unfinished:  # a step that was launched before the one that failed
+        assert llm.engine.step() == []
     llm.engine.scheduler.check_invariants()
     assert tokens(llm.generate(prompts(5), plain, use_tqdm=False)) == expected
 

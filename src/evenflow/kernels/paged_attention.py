@@ -240,7 +240,7 @@ def _load_pages(
 def _scores(q, k, scale_log2, SOFT_CAP: tl.constexpr):
     """Logarithms of the weights, in base 2."""
     scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale_log2
-    if SOFT_CAP:
+    if SOFT_CAP > 0.0:
         tanh = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 / SOFT_CAP)))
         scores = tanh * (SOFT_CAP * 1.4426950408889634)
     return scores

@@ -10,8 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evenflow.kernels.device_sampling import apply_masks_, apply_penalties_, draw, filter_thresholds
+from evenflow.kernels.draw import draw
+from evenflow.kernels.filter import filter_thresholds
 from evenflow.kernels.logprobs import token_logprobs
+from evenflow.kernels.masks import apply_masks_
+from evenflow.kernels.penalties import apply_penalties_
 from evenflow.request import TokenMasks
 from evenflow.runner.device_batch import DeviceSlots
 from evenflow.runner.sampler import Ints, Sampler
