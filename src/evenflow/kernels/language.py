@@ -3,9 +3,12 @@
 Kernels are written for Triton 3.6 to 3.9: no block pointers, no autotuning, plain pointers and masks.
 """
 
+from functools import cache
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
+
+from evenflow.platforms import detect
 
 tl: Any
 _triton: Any
@@ -38,3 +41,10 @@ def cdiv(a: int, b: int) -> int:
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+@cache
+def current_arch() -> str:
+    """The first GPU's architecture, as Platform.arch spells it; "" where there is none, as in the interpreter."""
+    platform = detect()
+    return "" if platform.device == "cpu" else platform.arch

@@ -1,0 +1,86 @@
+"""Tiles of the attention kernels by architecture, as plain data, and the functions that read them.
+
+Owns numbers only: a kernel is right with every tile that fits, and fast with these. The longest prefix of the
+architecture's name wins, "" is everything else; within it the row is chosen by the padded head size.
+"""
+
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """block_n: keys a step. block_m: (query, head) pairs a program, of prefill; decode takes one group of heads."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    block_m: int = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How decode rows are cut. waves: programs that the longest row's share is measured against, in programs that a
+    multiprocessor runs at once (num_resident). granule: keys that a piece is rounded up to."""
+
+    num_resident: int
+    waves: int
+    granule: int
+
+
+# {architecture: {padded head size: tile}}, for 16-bit queries.
+DECODE_TILES: dict[str, dict[int, Tile]] = {
+    "gfx": {64: Tile(32, 1, 1), 128: Tile(16, 1, 1), 256: Tile(16, 2, 1)},
+    "sm_80": {64: Tile(64, 4, 3), 128: Tile(32, 4, 3), 256: Tile(32, 4, 2)},
+    "sm_90": {64: Tile(64, 4, 3), 128: Tile(64, 4, 3), 256: Tile(32, 4, 3)},
+    "sm_100": {64: Tile(64, 4, 3), 128: Tile(64, 4, 3), 256: Tile(32, 4, 3)},
+    "": {64: Tile(32, 4, 2), 128: Tile(32, 4, 2), 256: Tile(16, 4, 2)},
+}
+PREFILL_TILES: dict[str, dict[int, Tile]] = {
+    "gfx": {64: Tile(32, 4, 1, 128), 128: Tile(32, 4, 1, 128), 256: Tile(32, 8, 1, 128)},
+    "gfx11": {64: Tile(32, 4, 1, 64), 128: Tile(32, 4, 1, 64), 256: Tile(32, 8, 1, 64)},
+    "gfx12": {64: Tile(32, 4, 1, 64), 128: Tile(32, 4, 1, 64), 256: Tile(32, 8, 1, 64)},
+    "sm_80": {64: Tile(64, 4, 3, 128), 128: Tile(64, 8, 2, 128), 256: Tile(32, 8, 2, 128)},
+    "sm_90": {64: Tile(128, 8, 3, 128), 128: Tile(64, 8, 3, 128), 256: Tile(64, 8, 2, 128)},
+    "sm_100": {64: Tile(128, 8, 3, 128), 128: Tile(64, 8, 3, 128), 256: Tile(64, 8, 2, 128)},
+    "": {64: Tile(32, 4, 2, 64), 128: Tile(32, 4, 2, 64), 256: Tile(32, 8, 1, 64)},
+}
+SPLITS: dict[str, Split] = {
+    "gfx": Split(num_resident=8, waves=2, granule=64),
+    "": Split(num_resident=4, waves=4, granule=64),
+}
+
+
+def decode_tile(arch: str, block_d: int, query_bytes: int) -> Tile:
+    """For heads padded to block_d and queries of query_bytes an element (4 halves the tile)."""
+    return _narrowed(_by_size(_by_prefix(DECODE_TILES, arch), block_d), query_bytes)
+
+
+def prefill_tile(arch: str, block_d: int, query_bytes: int) -> Tile:
+    """As decode_tile, for rows of several queries."""
+    return _narrowed(_by_size(_by_prefix(PREFILL_TILES, arch), block_d), query_bytes)
+
+
+def split_of(arch: str) -> Split:
+    return _by_prefix(SPLITS, arch)
+
+
+def _by_prefix(table: dict[str, Row], arch: str) -> Row:
+    return table[max((prefix for prefix in table if arch.startswith(prefix)), key=len)]
+
+
+def _by_size(row: dict[int, Tile], block_d: int) -> Tile:
+    return row[min((size for size in row if size >= block_d), default=max(row))]
+
+
+def _narrowed(tile: Tile, query_bytes: int) -> Tile:
+    if query_bytes <= 2:
+        return tile
+    return replace(
+        tile,
+        block_n=max(tile.block_n // 2, 16),
+        block_m=max(tile.block_m // 2, 16),
+        num_stages=min(tile.num_stages, 2),
+    )
