@@ -103,31 +103,35 @@ def _rotary_and_store_kernel(
     tl.store(first_ptr, first, mask=mask & is_rotated)
     tl.store(first_ptr + HALF, second, mask=mask & is_rotated)
     index = tl.load(store_index_ptr + token)
-    if index >= 0:
-        kv_heads = heads - H
-        if LARGEST > 0:
-            first, second = first.to(tl.float32), second.to(tl.float32)
-            if HAS_SCALE:
-                is_key = kv_heads < HKV
-                scale_heads = tl.where(is_key, kv_heads, kv_heads - HKV) * SCALE_STRIDE
-                is_kept = (kv_heads >= 0) & (kv_heads < 2 * HKV)
-                scale = tl.load(k_scale_ptr + scale_heads, mask=is_kept & is_key, other=1.0)
-                scale = tl.where(is_key, scale, tl.load(v_scale_ptr + scale_heads, mask=is_kept & ~is_key, other=1.0))
-                first, second = tl.div_rn(first, scale[:, None]), tl.div_rn(second, scale[:, None])
-            first = tl.clamp(first, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-            second = tl.clamp(second, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-        rows = (index // S * (2 * HKV) + kv_heads) * S + index % S
-        cache_ptr = kv_cache_ptr + rows[:, None] * D + cols[None, :]
-        is_stored = mask & (heads >= H)[:, None]
-        tl.store(cache_ptr, first.to(kv_cache_ptr.dtype.element_ty), mask=is_stored)
-        tl.store(cache_ptr + HALF, second.to(kv_cache_ptr.dtype.element_ty), mask=is_stored)
+    if index < 0:
+        return
+    kv_heads = heads - H
+    if LARGEST > 0:
+        first, second = first.to(tl.float32), second.to(tl.float32)
+        if HAS_SCALE:
+            is_key = kv_heads < HKV
+            scale_heads = tl.where(is_key, kv_heads, kv_heads - HKV) * SCALE_STRIDE
+            is_kept = (kv_heads >= 0) & (kv_heads < 2 * HKV)
+            scale = tl.load(k_scale_ptr + scale_heads, mask=is_kept & is_key, other=1.0)
+            scale = tl.where(is_key, scale, tl.load(v_scale_ptr + scale_heads, mask=is_kept & ~is_key, other=1.0))
+            first, second = tl.div_rn(first, scale[:, None]), tl.div_rn(second, scale[:, None])
+        first = tl.clamp(first, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+        second = tl.clamp(second, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    rows = (index // S * (2 * HKV) + kv_heads) * S + index % S
+    cache_ptr = kv_cache_ptr + rows[:, None] * D + cols[None, :]
+    is_stored = mask & (heads >= H)[:, None]
+    tl.store(cache_ptr, first.to(kv_cache_ptr.dtype.element_ty), mask=is_stored)
+    tl.store(cache_ptr + HALF, second.to(kv_cache_ptr.dtype.element_ty), mask=is_stored)
 
 
 def rotary_tile(num_heads: int, head_size: int) -> tuple[int, int, int]:
-    """(heads a program, padded half head, num_warps) for a token of num_heads: about 2,048 elements a program."""
+    """(heads a program, padded half head, num_warps) for a token of num_heads: at most 2,048 elements a program.
+
+    Two warps at most, so that a thread has the 8 neighbours of a 16-byte access whether a warp is 32 or 64 wide.
+    """
     block = next_power_of_2(head_size // 2)
     heads = min(max(1024 // block, 1), next_power_of_2(num_heads))
-    return heads, block, min(max(heads * block // 256, 1), 4)
+    return heads, block, min(max(heads * block // 512, 1), 2)
 
 
 def launch_rotary_and_store(
