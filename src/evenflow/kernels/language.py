@@ -17,7 +17,7 @@ try:
     tl = import_module("triton.language")
 except ImportError:
     _triton = None
-    tl = SimpleNamespace(constexpr=object)
+    tl = SimpleNamespace(constexpr=lambda value: value)  # annotations, and constants that kernels share with the host
 
 
 class _Absent:
