@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evenflow.kernels.language import current_arch
+from evenflow.kernels.language import current_arch, next_power_of_2
 from evenflow.kernels.paged_attention import (
-    AttentionShape,
     DeviceRows,
     launch_paged_attention,
     launch_plan_attention,
@@ -226,14 +225,14 @@ def describe(record: dict[str, Any], copy: float) -> str:
     )
 
 
-def tiles_of(shape: Shape, model: str, quick: bool) -> list[Tile]:
+def tiles_of(layers: Layers, quick: bool) -> list[Tile]:
     """The one that the tables choose first."""
-    attention = AttentionShape(*MODELS[model], block_size=BLOCK_SIZE)
-    choose = decode_tile if shape.is_decode else prefill_tile
-    chosen = choose(current_arch(), attention.block_d, attention.query_bytes)
-    if shape.is_decode:
+    block_d = next_power_of_2(layers.q.shape[2])
+    if layers.shape.is_decode:
+        chosen = decode_tile(current_arch(), block_d, 2, layers.caches[0].element_size())
         others = QUICK_DECODE_TILES if quick else DECODE_TILES
     else:
+        chosen = prefill_tile(current_arch(), block_d, 2)
         others = QUICK_PREFILL_TILES if quick else PREFILL_TILES
     return [chosen, *(tile for tile in others if tile != chosen)]
 
@@ -283,7 +282,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 flush=True,
             )
             want = expected(layers)
-            for tile in tiles_of(shape, model, args.quick):
+            for tile in tiles_of(layers, args.quick):
                 record = try_tile(layers, tile, want)
                 result["records"].append(record)
                 print(describe(record, copy), flush=True)

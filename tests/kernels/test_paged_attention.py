@@ -19,7 +19,15 @@ from evenflow.kernels.paged_attention import (
     paged_attention,
     prefill_launch,
 )
-from evenflow.kernels.tuning import DECODE_TILES, PREFILL_TILES, Tile, decode_tile, prefill_tile
+from evenflow.kernels.tuning import (
+    DECODE_TILES,
+    DECODE_TILES_8_BIT,
+    FLOAT32_TILES,
+    PREFILL_TILES,
+    Tile,
+    decode_tile,
+    prefill_tile,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -177,8 +185,10 @@ def test_every_architecture_has_tiles(arch, head_dim, query_bytes):
 def test_the_longest_prefix_has_the_tile():
     assert prefill_tile("gfx1100", 128, 2) == PREFILL_TILES["gfx11"][128]
     assert prefill_tile("gfx942", 128, 2) == PREFILL_TILES["gfx"][128]
-    assert decode_tile("sm_90", 16, 2) == DECODE_TILES["sm_90"][64]
-    assert decode_tile("sm_75", 512, 2) == DECODE_TILES[""][256]
+    assert decode_tile("sm_90", 16, 2, 2) == DECODE_TILES["sm_90"][64]
+    assert decode_tile("sm_90", 16, 2, 1) == DECODE_TILES_8_BIT["sm_90"][64]
+    assert decode_tile("sm_75", 512, 2, 2) == DECODE_TILES[""][256]
+    assert decode_tile("gfx1100", 128, 4, 1) == prefill_tile("gfx1101", 64, 4) == FLOAT32_TILES["gfx11"]
 
 
 LONG_ROW, HEAD_SCALES = "decode, one long row", f"scales by head, {torch.float8_e4m3fn}"

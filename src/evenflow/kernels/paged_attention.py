@@ -421,7 +421,7 @@ def _prefill_attention_kernel(
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """What of a layer and its cache decides how the kernels are compiled. query_bytes: of an element of q.
+    """What of a layer and its cache decides how the kernels are compiled. query_bytes, cache_bytes: of an element.
 
     window: 0 for none. soft_cap: 0.0 for none. scale_stride: 1 if the cache's scales are one a key head, else 0.
     """
@@ -431,6 +431,7 @@ class AttentionShape:
     head_dim: int
     block_size: int = 16
     query_bytes: int = 2
+    cache_bytes: int = 2
     window: int = 0
     soft_cap: float = 0.0
     scale_stride: int = 0
@@ -467,7 +468,7 @@ def plan_launch(num_rows: int, granule: int) -> Launch:
 
 def decode_launch(shape: AttentionShape, arch: str, tile: Tile | None = None) -> Launch:
     """How _decode_attention_kernel is compiled. tile: instead of the architecture's, of which block_m is not used."""
-    tile = tile or decode_tile(arch, shape.block_d, shape.query_bytes)
+    tile = tile or decode_tile(arch, shape.block_d, shape.query_bytes, shape.cache_bytes)
     constexprs = _layer_constexprs(shape) | {"ITEM_FIELDS": ITEM_FIELDS}
     blocks = {
         "BLOCK_M": max(next_power_of_2(shape.group), 16),
@@ -624,6 +625,7 @@ def _shape_of(
         head_dim=head_dim,
         block_size=block_size,
         query_bytes=q.element_size(),
+        cache_bytes=kv_cache.element_size(),
         window=window or 0,
         soft_cap=soft_cap or 0.0,
         scale_stride=int(num_scales == {num_kv_heads} and num_kv_heads > 1),

@@ -4,7 +4,7 @@ Owns numbers only: a kernel is right with every tile that fits, and fast with th
 architecture's name wins, "" is everything else; within it the row is chosen by the padded head size.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 Row = TypeVar("Row")
@@ -30,22 +30,38 @@ class Split:
     granule: int
 
 
-# {architecture: {padded head size: tile}}, for 16-bit queries.
+# {architecture: {padded head size: tile}}. Registers are what limits them: none of these spills, but for heads of 256
+# in prefill on gfx11, where a wave's queries and sums alone fill its registers.
 DECODE_TILES: dict[str, dict[int, Tile]] = {
     "gfx": {64: Tile(32, 1, 1), 128: Tile(16, 1, 1), 256: Tile(16, 2, 1)},
+    "gfx11": {64: Tile(32, 2, 1), 128: Tile(32, 4, 1), 256: Tile(16, 4, 1)},
+    "gfx12": {64: Tile(32, 2, 1), 128: Tile(32, 4, 1), 256: Tile(16, 4, 1)},
     "sm_80": {64: Tile(64, 4, 3), 128: Tile(32, 4, 3), 256: Tile(32, 4, 2)},
     "sm_90": {64: Tile(64, 4, 3), 128: Tile(64, 4, 3), 256: Tile(32, 4, 3)},
     "sm_100": {64: Tile(64, 4, 3), 128: Tile(64, 4, 3), 256: Tile(32, 4, 3)},
     "": {64: Tile(32, 4, 2), 128: Tile(32, 4, 2), 256: Tile(16, 4, 2)},
 }
+# With a cache of 8 bits. Copies to shared memory that run ahead would be 8 bytes a lane here; loads are 16.
+DECODE_TILES_8_BIT: dict[str, dict[int, Tile]] = {
+    **DECODE_TILES,
+    "sm_90": {64: Tile(64, 4, 1), 128: Tile(64, 4, 1), 256: Tile(32, 4, 1)},
+    "sm_100": {64: Tile(64, 4, 1), 128: Tile(64, 4, 1), 256: Tile(32, 4, 1)},
+}
 PREFILL_TILES: dict[str, dict[int, Tile]] = {
     "gfx": {64: Tile(32, 4, 1, 128), 128: Tile(32, 4, 1, 128), 256: Tile(32, 8, 1, 128)},
-    "gfx11": {64: Tile(32, 4, 1, 64), 128: Tile(32, 4, 1, 64), 256: Tile(32, 8, 1, 64)},
-    "gfx12": {64: Tile(32, 4, 1, 64), 128: Tile(32, 4, 1, 64), 256: Tile(32, 8, 1, 64)},
-    "sm_80": {64: Tile(64, 4, 3, 128), 128: Tile(64, 8, 2, 128), 256: Tile(32, 8, 2, 128)},
+    "gfx11": {64: Tile(32, 4, 1, 64), 128: Tile(32, 8, 1, 64), 256: Tile(16, 8, 1, 32)},
+    "gfx12": {64: Tile(32, 4, 1, 64), 128: Tile(32, 4, 1, 64), 256: Tile(16, 8, 1, 64)},
+    "sm_80": {64: Tile(64, 8, 3, 128), 128: Tile(64, 8, 2, 128), 256: Tile(32, 8, 2, 64)},
     "sm_90": {64: Tile(128, 8, 3, 128), 128: Tile(64, 8, 3, 128), 256: Tile(32, 8, 2, 128)},
     "sm_100": {64: Tile(128, 8, 3, 128), 128: Tile(64, 8, 3, 128), 256: Tile(32, 8, 2, 128)},
-    "": {64: Tile(32, 4, 2, 64), 128: Tile(32, 4, 2, 64), 256: Tile(32, 8, 1, 64)},
+    "": {64: Tile(32, 4, 2, 64), 128: Tile(32, 8, 2, 64), 256: Tile(32, 8, 1, 64)},
+}
+# Of 32-bit queries, in both kernels and for every head size: few have matrix units for exact float32.
+FLOAT32_TILES: dict[str, Tile] = {
+    "gfx": Tile(16, 4, 1, 32),
+    "gfx11": Tile(16, 8, 1, 16),
+    "gfx12": Tile(16, 8, 1, 16),
+    "": Tile(16, 8, 2, 32),
 }
 SPLITS: dict[str, Split] = {
     "gfx": Split(num_resident=8, waves=2, granule=64),
@@ -53,14 +69,18 @@ SPLITS: dict[str, Split] = {
 }
 
 
-def decode_tile(arch: str, block_d: int, query_bytes: int) -> Tile:
-    """For heads padded to block_d and queries of query_bytes an element (4 bytes quarter the tile)."""
-    return _narrowed(_by_size(_by_prefix(DECODE_TILES, arch), block_d), query_bytes)
+def decode_tile(arch: str, block_d: int, query_bytes: int, cache_bytes: int) -> Tile:
+    """For heads padded to block_d; query_bytes and cache_bytes are an element's."""
+    if query_bytes > 2:
+        return _by_prefix(FLOAT32_TILES, arch)
+    return _by_size(_by_prefix(DECODE_TILES_8_BIT if cache_bytes == 1 else DECODE_TILES, arch), block_d)
 
 
 def prefill_tile(arch: str, block_d: int, query_bytes: int) -> Tile:
     """As decode_tile, for rows of several queries."""
-    return _narrowed(_by_size(_by_prefix(PREFILL_TILES, arch), block_d), query_bytes)
+    if query_bytes > 2:
+        return _by_prefix(FLOAT32_TILES, arch)
+    return _by_size(_by_prefix(PREFILL_TILES, arch), block_d)
 
 
 def split_of(arch: str) -> Split:
@@ -73,14 +93,3 @@ def _by_prefix(table: dict[str, Row], arch: str) -> Row:
 
 def _by_size(row: dict[int, Tile], block_d: int) -> Tile:
     return row[min((size for size in row if size >= block_d), default=max(row))]
-
-
-def _narrowed(tile: Tile, query_bytes: int) -> Tile:
-    if query_bytes <= 2:
-        return tile
-    return replace(
-        tile,
-        block_n=max(tile.block_n // 4, 16),
-        block_m=max(tile.block_m // 4, 16),
-        num_stages=min(tile.num_stages, 2),
-    )
