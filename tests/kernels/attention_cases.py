@@ -59,7 +59,7 @@ def make_inputs(
     case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0, plan: AttentionPlan | None = None
 ) -> Inputs:
     """Random inputs. q is a strided view of a joint projection; pages are shuffled, the last block is in use, block
-    tables are shuffled too, and what no row owns is NaN (in 8 bits: the largest number)."""
+    tables are shuffled too, and what no row owns is NaN (in 8 bits: the largest number). So is what tables end with."""
     generator = torch.Generator().manual_seed(seed)
     cache_dtype = case.cache_dtype or dtype
     heads, kv_heads, size, width = case.num_heads, case.num_kv_heads, case.block_size, case.head_dim
@@ -71,7 +71,7 @@ def make_inputs(
     free.insert(0, num_blocks - 1)
     max_seqs = len(case.rows) + 2
     slots = torch.randperm(max_seqs, generator=generator)[: len(case.rows)]
-    tables = torch.full((max_seqs, max([*blocks_of, 1]) + 1), num_blocks + 10_000_000, dtype=torch.int32)
+    tables = torch.full((max_seqs, max(blocks_of) + 2), free.pop(), dtype=torch.int32)
     dense, store_index, positions = [], [], []
     for (queries, keys), number, slot in zip(case.rows, blocks_of, slots.tolist(), strict=True):
         values = torch.randn(2, kv_heads, keys, width, generator=generator).to(cache_dtype)
@@ -101,9 +101,7 @@ def make_inputs(
         positions=torch.tensor(positions + [0] * case.padding, device=device),
         max_query_len=max(queries for queries, _ in case.rows),
         plan=plan
-        or make_plan(
-            len(case.rows), heads, kv_heads, width, device, target_items=case.split[0], granule=case.split[1]
-        ),
+        or make_plan(len(case.rows), heads, kv_heads, width, device, target_items=case.split[0], granule=case.split[1]),
     )
     return Inputs(
         q=joint[:, :heads],
@@ -151,8 +149,9 @@ CASES = {
     "one token": Case(rows=((1, 1),)),
     "decode, ragged": Case(rows=((1, 1), (1, 15), (1, 16), (1, 17), (1, 100), (1, 33))),
     "decode, no split": Case(rows=((1, 40), (1, 41)), split=(1, 256)),
-    "decode, one long row": Case(rows=((1, 700), (1, 3)), split=(20, 32)),
+    "decode, one long row": Case(rows=((1, 700), (1, 3)), split=(50, 16)),
     "prompts": Case(rows=((5, 5), (70, 70), (2, 2))),
+    "prompts of whole tiles": Case(rows=((64, 64), (32, 96), (128, 128))),
     "chunks of prompts": Case(rows=((7, 40), (64, 65), (33, 130))),
     "mixed": Case(rows=((1, 50), (9, 9), (1, 1), (40, 90), (1, 129))),
     "padding rows": Case(rows=((1, 20), (6, 6), (0, 0), (0, 0)), padding=5),
@@ -168,7 +167,7 @@ CASES = {
     "heads of 80": Case(rows=((1, 70), (9, 30)), head_dim=80),
     "heads of 96": Case(rows=((1, 70), (9, 30)), head_dim=96),
     "heads of 128": Case(rows=((1, 70), (9, 30)), head_dim=128),
-    "heads of 256": Case(rows=((1, 70), (9, 30)), head_dim=256, num_heads=2, num_kv_heads=1),
+    "heads of 256": Case(rows=((1, 70), (9, 30)), head_dim=256),
     "blocks of 8": Case(rows=((1, 70), (9, 30)), block_size=8),
     "blocks of 64": Case(rows=((1, 130), (9, 30)), block_size=64),
     "large logits": Case(rows=((1, 90), (20, 50)), logit_scale=60.0),

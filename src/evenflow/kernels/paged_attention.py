@@ -240,7 +240,7 @@ def _load_pages(
 def _scores(q, k, scale_log2, SOFT_CAP: tl.constexpr):
     """Logarithms of the weights, in base 2."""
     scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale_log2
-    if SOFT_CAP:
+    if SOFT_CAP > 0:
         tanh = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 / SOFT_CAP)))
         scores = tanh * (SOFT_CAP * 1.4426950408889634)
     return scores
@@ -285,7 +285,7 @@ def _decode_attention_kernel(
         scale_log2 *= tl.load(k_scale_ptr + kv_head * SCALE_STRIDE)
     cache_ptr = kv_cache_ptr + kv_head.to(tl.int64) * (S * D)
     table_ptr = block_tables_ptr + slot * table_stride
-    if WINDOW:
+    if WINDOW > 0:
         first = tl.maximum(first, seq_len - WINDOW)
     best = tl.full([BLOCK_M], -1e30, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -395,7 +395,7 @@ def _prefill_attention_kernel(
     best = tl.full([BLOCK_M], -1e30, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if WINDOW:
+    if WINDOW > 0:
         masked_start = tl.maximum(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
     else:
         masked_start = (first_position + 1) // BLOCK_N * BLOCK_N
@@ -408,7 +408,7 @@ def _prefill_attention_kernel(
         k, v = _load_pages(cache_ptr, table_ptr, tl.minimum(key, end - 1), H_KV, D, BLOCK_D, S)
         scores = _scores(q, k, scale_log2, SOFT_CAP)
         visible = key[None, :] <= position[:, None]
-        if WINDOW:
+        if WINDOW > 0:
             visible &= key[None, :] > position[:, None] - WINDOW
         scores = tl.where(visible, scores, float("-inf"))
         best, total, acc = _accumulate(scores, v, best, total, acc, q.dtype)
@@ -462,7 +462,7 @@ def plan_launch(num_rows: int, granule: int) -> Launch:
     """How _plan_kernel is compiled for steps of num_rows rows."""
     block = max(next_power_of_2(num_rows), 32)
     constexprs = {"GRANULE": granule, "ITEM_FIELDS": ITEM_FIELDS, "SPLIT_FIELDS": SPLIT_FIELDS, "BLOCK_R": block}
-    return Launch(constexprs, num_warps=min(max(block // 256, 1), 8), num_stages=1)
+    return Launch(constexprs, num_warps=min(max(block // 128, 1), 8), num_stages=1)
 
 
 def decode_launch(shape: AttentionShape, arch: str, tile: Tile | None = None) -> Launch:

@@ -43,8 +43,8 @@ PREFILL_TILES: dict[str, dict[int, Tile]] = {
     "gfx11": {64: Tile(32, 4, 1, 64), 128: Tile(32, 4, 1, 64), 256: Tile(32, 8, 1, 64)},
     "gfx12": {64: Tile(32, 4, 1, 64), 128: Tile(32, 4, 1, 64), 256: Tile(32, 8, 1, 64)},
     "sm_80": {64: Tile(64, 4, 3, 128), 128: Tile(64, 8, 2, 128), 256: Tile(32, 8, 2, 128)},
-    "sm_90": {64: Tile(128, 8, 3, 128), 128: Tile(64, 8, 3, 128), 256: Tile(64, 8, 2, 128)},
-    "sm_100": {64: Tile(128, 8, 3, 128), 128: Tile(64, 8, 3, 128), 256: Tile(64, 8, 2, 128)},
+    "sm_90": {64: Tile(128, 8, 3, 128), 128: Tile(64, 8, 3, 128), 256: Tile(32, 8, 2, 128)},
+    "sm_100": {64: Tile(128, 8, 3, 128), 128: Tile(64, 8, 3, 128), 256: Tile(32, 8, 2, 128)},
     "": {64: Tile(32, 4, 2, 64), 128: Tile(32, 4, 2, 64), 256: Tile(32, 8, 1, 64)},
 }
 SPLITS: dict[str, Split] = {
@@ -57,7 +57,7 @@ FILTER_WARPS: dict[str, int] = {"gfx9": 8, "": 16}
 
 
 def decode_tile(arch: str, block_d: int, query_bytes: int) -> Tile:
-    """For heads padded to block_d and queries of query_bytes an element (4 halves the tile)."""
+    """For heads padded to block_d and queries of query_bytes an element (4 bytes quarter the tile)."""
     return _narrowed(_by_size(_by_prefix(DECODE_TILES, arch), block_d), query_bytes)
 
 
@@ -87,7 +87,7 @@ def _narrowed(tile: Tile, query_bytes: int) -> Tile:
         return tile
     return replace(
         tile,
-        block_n=max(tile.block_n // 2, 16),
-        block_m=max(tile.block_m // 2, 16),
+        block_n=max(tile.block_n // 4, 16),
+        block_m=max(tile.block_m // 4, 16),
         num_stages=min(tile.num_stages, 2),
     )
