@@ -143,7 +143,7 @@ def specializations(model: ModelShape, arch: str) -> Iterator[Specialization]:
     if model.is_sample and fp8 is not None:
         yield from _of_cache(model, torch.bfloat16, fp8, arch, f"{model.name}-bf16-fp8")
     for num_rows in NUM_ROWS:
-        yield from _of_sampling(model.vocab_size, num_rows, f"{model.name}-{num_rows}")
+        yield from _of_sampling(model.vocab_size, num_rows, arch, f"{model.name}-{num_rows}")
 
 
 def _of_layers(model: ModelShape, dtype: torch.dtype, name: str) -> Iterator[Specialization]:
@@ -199,12 +199,15 @@ def _rows(model: ModelShape, num_rows: int, arch: str) -> paged_attention.Device
         store_index=empty(NUM_TOKENS, dtype=torch.int64),
         positions=empty(NUM_TOKENS, dtype=torch.int64),
         max_query_len=NUM_TOKENS,
-        plan=paged_attention.make_plan(num_rows, model.num_heads, model.num_kv_heads, model.head_dim, "meta", arch=arch),
+        plan=paged_attention.make_plan(
+            num_rows, model.num_heads, model.num_kv_heads, model.head_dim, "meta", arch=arch
+        ),
     )
 
 
-def _of_sampling(vocab_size: int, num_rows: int, name: str) -> Iterator[Specialization]:
-    logits = empty(num_rows, vocab_size, dtype=torch.float32)
+def _of_sampling(vocab_size: int, num_rows: int, arch: str, name: str) -> Iterator[Specialization]:
+    """Logits are the model's own until something edits them, then float32."""
+    logits, raw = (empty(num_rows, vocab_size, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     slots, lengths = empty(num_rows), empty(num_rows)
     params = empty(num_rows, sampling_table.NUM_COLUMNS)
     tokens, scratch = empty(num_rows, MAX_MODEL_LEN), empty(num_rows, vocab_size)
@@ -214,7 +217,9 @@ def _of_sampling(vocab_size: int, num_rows: int, name: str) -> Iterator[Speciali
     yield from record(
         draw, f"{name}-filtered", lambda: draw.launch_draw(logits, params, slots, lengths, tokens, thresholds)
     )
-    yield from record(filter, name, lambda: filter.launch_filter_thresholds(logits, params, slots))
+    yield from record(draw, f"{name}-bf16", lambda: draw.launch_draw(raw, params, slots, lengths, tokens))
+    yield from record(filter, name, lambda: filter.launch_filter_thresholds(logits, params, slots, arch))
+    yield from record(filter, f"{name}-bf16", lambda: filter.launch_filter_thresholds(raw, params, slots, arch))
     yield from record(
         penalties, name, lambda: penalties.launch_apply_penalties_(logits, tokens, params, slots, lengths, scratch)
     )
