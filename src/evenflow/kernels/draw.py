@@ -26,7 +26,7 @@ _UNIT = tl.constexpr(2.0**-32)
 _MOST = tl.constexpr(1 - 2.0**-24)  # the float32 below 1
 _INF = tl.constexpr(float("inf"))
 
-NUM_ROWS_FOR_LARGE_TILES = 8  # from here on a few thousand programs run anyway
+NUM_ROWS_FOR_LARGE_TILES = 8  # from here on there are programs enough for any GPU
 
 
 def draw(
@@ -98,10 +98,11 @@ def _draw_tiles_kernel(
         counters = runs * _LANE + lanes
         zero = counters * 0
         w0, w1, w2, w3 = tl.philox(seed_high << 32 | seed_low, counters, zero + position, zero, zero)
-        x0 = tl.div_rn(x0, temperature)
-        x1 = tl.div_rn(x1, temperature)
-        x2 = tl.div_rn(x2, temperature)
-        x3 = tl.div_rn(x3, temperature)
+        if temperature != 1.0:  # the most common one saves a division that rounds right
+            x0 = tl.div_rn(x0, temperature)
+            x1 = tl.div_rn(x1, temperature)
+            x2 = tl.div_rn(x2, temperature)
+            x3 = tl.div_rn(x3, temperature)
         if HAS_THRESHOLDS:
             threshold = tl.load(thresholds_ptr + row)
             x0 = tl.where(x0 < threshold, -_INF, x0)
@@ -116,8 +117,8 @@ def _draw_tiles_kernel(
     best, index = _better(best, index, _nan_last(x1), first + _LANE)
     best, index = _better(best, index, _nan_last(x2), first + 2 * _LANE)
     best, index = _better(best, index, _nan_last(x3), first + 3 * _LANE)
-    most = tl.max(tl.max(best, axis=1), axis=0)
-    index = tl.min(tl.min(tl.where(best == most, index, V), axis=1), axis=0)
+    most = tl.max(best)
+    index = tl.min(tl.where(best == most, index, V))
     out = row * tl.num_programs(0) + tile
     tl.store(best_ptr + out, most)
     tl.store(index_ptr + out, index)
@@ -156,12 +157,12 @@ def _pick_kernel(
     tl.store(out_ptr + row, token)
     if HAS_BUFFER:
         length = tl.load(lengths_ptr + row)
-        tl.store(token_buffer_ptr + slot.to(tl.int64) * buffer_stride + length, tl.maximum(token, 0), mask=length < L)
+        tl.store(token_buffer_ptr + slot.to(tl.int64) * buffer_stride + length, tl.maximum(token, 0), mask=length <= L)
 
 
 def draw_tile(num_rows: int) -> tuple[int, int]:
     """(runs of 256 tokens a program, num_warps): small tiles while programs are few."""
-    return (16, 4) if num_rows >= NUM_ROWS_FOR_LARGE_TILES else (4, 4)
+    return (8, 4) if num_rows >= NUM_ROWS_FOR_LARGE_TILES else (4, 4)
 
 
 def launch_draw(

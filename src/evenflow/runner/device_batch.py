@@ -105,7 +105,9 @@ class DeviceSlots:
         self.updates = torch.zeros(MIN_UPDATES, dtype=torch.int32, device=device)
         self._buffers = [
             HostBuffers(
-                RowWords(stream.pinned(num_words), max_num_seqs), stream.pinned(MIN_UPDATES), stream.pinned(max_num_seqs)
+                RowWords(stream.pinned(num_words), max_num_seqs),
+                stream.pinned(MIN_UPDATES),
+                stream.pinned(max_num_seqs),
             )
             for _ in range(num_buffers)
         ]

@@ -133,11 +133,7 @@ class DeviceRunner:
         token_ids[step.sampling_rows] = sampled
         bad = set(step.sampling_rows[sampled < 0].tolist())
         prompt_logprobs = {row: to_lists(chunks) for row, chunks in pending.prompt_logprobs.items()}
-        bad |= {
-            row
-            for row, found in prompt_logprobs.items()
-            if any(isnan(entry.logprobs[0]) for entry in found)
-        }
+        bad |= {row for row, found in prompt_logprobs.items() if any(isnan(entry.logprobs[0]) for entry in found)}
         logprobs = self._logprobs(pending, bad)
         return StepResult(token_ids.tolist(), logprobs, prompt_logprobs, dict.fromkeys(sorted(bad), NOT_FINITE))
 

@@ -48,9 +48,7 @@ def plan_memory(settings: Settings, model: ModelConfig, weight_bytes: int) -> Me
     return _plan(settings, model, weight_bytes, activation_bytes, free_bytes)
 
 
-def plan_device_memory(
-    settings: Settings, model: ModelConfig, weight_bytes: int, activation_bytes: int
-) -> MemoryPlan:
+def plan_device_memory(settings: Settings, model: ModelConfig, weight_bytes: int, activation_bytes: int) -> MemoryPlan:
     """Size a GPU's cache: what is left of gpu_memory_utilization of the device. Raises as plan_memory."""
     if settings.device == "cpu":  # the stand-in that tests use
         return _plan(settings, model, weight_bytes, activation_bytes, cpu.available_memory_bytes() // 8)
