@@ -30,9 +30,14 @@ class _Absent:
         )
 
 
-def jit(kernel: Any) -> Any:
-    """triton.jit; without Triton, something that says so when it is launched."""
-    return _Absent(kernel) if _triton is None else _triton.jit(kernel)
+def jit(kernel: Any = None, *, do_not_specialize: tuple[str, ...] = ()) -> Any:
+    """triton.jit; without Triton, something that says so when it is launched.
+
+    do_not_specialize: integers that vary from step to step, so that nothing is compiled anew when one is 1 or 16.
+    """
+    if kernel is None:
+        return lambda kernel: jit(kernel, do_not_specialize=do_not_specialize)
+    return _Absent(kernel) if _triton is None else _triton.jit(kernel, do_not_specialize=do_not_specialize)
 
 
 def cdiv(a: int, b: int) -> int:

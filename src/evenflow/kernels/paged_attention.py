@@ -16,7 +16,7 @@ by query: a program finds its row by binary search. Grids depend on upper bounds
 
 Owns the kernels for devices. `attention` is the CPU's own; the reference here is the plain definition, row by row.
 """
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 
 import math
 from dataclasses import dataclass
@@ -176,7 +176,7 @@ def _attend_row(
     return torch.einsum("qhgl,hld->qhgd", weights, values).reshape(q.shape).to(q.dtype)
 
 
-@jit
+@jit(do_not_specialize=("num_rows",))
 def _plan_kernel(
     query_starts_ptr, seq_lens_ptr, slots_ptr, items_ptr, splits_ptr, counts_ptr, num_rows, target_items,
     GRANULE: tl.constexpr, ITEM_FIELDS: tl.constexpr, SPLIT_FIELDS: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -348,7 +348,7 @@ def _merge_pieces_kernel(
     tl.store(out_ptr + token * (H * D) + head * D + dims, out, mask=dims < D)
 
 
-@jit
+@jit(do_not_specialize=("num_rows",))
 def _prefill_attention_kernel(
     q_ptr, kv_cache_ptr, out_ptr, query_starts_ptr, seq_lens_ptr, slots_ptr, block_tables_ptr, k_scale_ptr,
     v_scale_ptr, scale_log2, num_rows, q_stride, table_stride,
