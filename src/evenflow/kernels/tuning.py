@@ -1,4 +1,4 @@
-"""Tiles of the attention kernels by architecture, as plain data, and the functions that read them.
+"""Tiles by architecture, as plain data, and the functions that read them.
 
 Owns numbers only: a kernel is right with every tile that fits, and fast with these. The longest prefix of the
 architecture's name wins, "" is everything else; within it the row is chosen by the padded head size.
@@ -52,6 +52,9 @@ SPLITS: dict[str, Split] = {
     "": Split(num_resident=4, waves=4, granule=64),
 }
 
+# Warps of a program that searches a row for its threshold: 512 threads, whether a warp has 32 or 64.
+FILTER_WARPS: dict[str, int] = {"gfx9": 8, "": 16}
+
 
 def decode_tile(arch: str, block_d: int, query_bytes: int) -> Tile:
     """For heads padded to block_d and queries of query_bytes an element (4 bytes quarter the tile)."""
@@ -65,6 +68,10 @@ def prefill_tile(arch: str, block_d: int, query_bytes: int) -> Tile:
 
 def split_of(arch: str) -> Split:
     return _by_prefix(SPLITS, arch)
+
+
+def filter_warps(arch: str) -> int:
+    return _by_prefix(FILTER_WARPS, arch)
 
 
 def _by_prefix(table: dict[str, Row], arch: str) -> Row:
