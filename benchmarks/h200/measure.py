@@ -1,10 +1,10 @@
-"""The measurements, the same for each engine: an engine is a function (prompts, output lengths, temperature) -> seconds.
+"""The measurements, the same for each engine: a function (prompts, output lengths, temperature) -> seconds.
 
     python benchmarks/h200/measure.py evenflow llama-2-7b --out result.json
     python benchmarks/h200/measure.py vllm llama-2-7b --out peer.json
 
-Random weights, prompts of random token ids, end-of-sequence ignored, no detokenizing, no prefix cache. Each engine warms
-up on part of the work first.
+Random weights, prompts of random token ids, end-of-sequence ignored, no detokenizing, no prefix cache. Each engine
+warms up on part of the work first.
 """
 
 import argparse
@@ -102,7 +102,11 @@ def measure(run: Run, vocab_size: int, repeats: int, parts: list[str]) -> dict[s
         for _ in range(repeats):
             seconds = run(prompts, outputs.tolist(), 1.0)
             found["throughput"].append(
-                {"s": seconds, "total_tokens_per_s": total / seconds, "output_tokens_per_s": int(outputs.sum()) / seconds}
+                {
+                    "s": seconds,
+                    "total_tokens_per_s": total / seconds,
+                    "output_tokens_per_s": int(outputs.sum()) / seconds,
+                }
             )
             print("throughput", found["throughput"][-1], flush=True)
     if "decode" in parts:
@@ -149,11 +153,8 @@ def ceilings() -> dict[str, float]:
 
     x, y = (torch.empty(2**31, dtype=torch.uint8, device="cuda") for _ in range(2))
     copy_s = seconds(lambda: y.copy_(x), 20)
-    del x, y
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product_s = seconds(lambda: a @ b, 10)
-    del a, b
-    torch.cuda.empty_cache()
     return {"copy_bytes_per_s": 2 * 2**31 / copy_s, "bf16_flops": 2 * 8192**3 / product_s}
 
 
@@ -203,6 +204,7 @@ def main() -> None:
         import torch
 
         result["ceilings"] = ceilings()
+        torch.cuda.empty_cache()
         result["versions"] = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name()}
         print(result["ceilings"], result["versions"], flush=True)
     directory = write_config(args.model, Path("/tmp/evenflow-shapes"))

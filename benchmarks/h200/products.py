@@ -1,4 +1,4 @@
-"""The matrix products of a layer, as cuBLASLt or hipBLASLt do them: time, bytes over copy bandwidth, FLOPs over the peak.
+"""The matrix products of a layer, as cuBLASLt or hipBLASLt do them: time, and the fraction of the limit.
 
     python benchmarks/h200/products.py [--models llama-2-7b llama-3.1-8b] [--out products.json]
 

@@ -123,7 +123,7 @@ NO_TORCH_FILES = {
 }
 VENDORS = re.compile(r"\b(nvidia|amd|rocm|hip|is_hip|gfx\w+|sm_\d+)\b", re.IGNORECASE)
 VENDOR_PACKAGES = {"platforms", "plan", "doctor", "demo", "crosscheck"}
-VENDOR_FILES = {"kernels/tuning.py"}
+VENDOR_FILES = {"kernels/tuning.py", "kernels/specializations.py"}
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:

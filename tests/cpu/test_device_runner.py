@@ -68,9 +68,7 @@ def test_tokens_are_those_of_the_cpus_runner(directory, monkeypatch, overlap, gr
     params = [MIXED[i % len(MIXED)] for i in range(12)]
     expected = tokens(cpu_llm(directory, max_num_batched_tokens=32).generate(prompts(), params, use_tqdm=False))
     stream = LazyStream()
-    llm = device_llm(
-        directory, monkeypatch, stream=stream, overlap=overlap, graphs=graphs, max_num_batched_tokens=32
-    )
+    llm = device_llm(directory, monkeypatch, stream=stream, overlap=overlap, graphs=graphs, max_num_batched_tokens=32)
     assert tokens(llm.generate(prompts(), params, use_tqdm=False)) == expected
     assert stream.most_waiting == (2 if overlap else 1)
     assert (llm.engine.runner.graphs.num_replays > 0) == graphs
@@ -89,7 +87,7 @@ def test_preemption_recomputes_tokens_that_were_in_flight(directory, monkeypatch
 
 def test_prefix_cache_hits_while_steps_overlap(directory, monkeypatch):
     shared = prompts(1, seed=5, longest=60)[0] + list(range(10, 60))
-    group = [shared + [70 + i] for i in range(6)]
+    group = [[*shared, 70 + i] for i in range(6)]
     params = SamplingParams(temperature=0, max_tokens=12, detokenize=False)
     expected = tokens(cpu_llm(directory).generate(group, params, use_tqdm=False))
     llm = device_llm(directory, monkeypatch)

@@ -1,4 +1,4 @@
-"""The engine on a GPU: the tokens of transformers and of the CPU's runner, whatever overlaps, is replayed or preempted."""
+"""The engine on a GPU: the tokens of transformers and of the CPU's runner, however steps are run."""
 
 from itertools import product
 

@@ -1,9 +1,9 @@
 """The step loop: schedule, launch, collect, update. Owns the pairing of one scheduler with one runner.
 
-A runner whose device works by itself has several steps in flight: step N + 1 is planned and launched before the tokens
-of step N are on the host, so the device never waits for Python. Where a step is computed in `launch`, it is collected at
-once. A request that fails ends alone. A step that fails ends its requests, and those of the steps launched after it,
-which may have read what it did not write; the engine goes on.
+A runner whose device works by itself has several steps in flight: step N + 1 is planned and launched before the
+tokens of step N are on the host, so the device never waits for Python. Where a step is computed in `launch`, it is
+collected at once. A request that fails ends alone. A step that fails ends its requests, and those of the steps launched
+after it, which may have read what it did not write; the engine goes on.
 """
 
 import logging
@@ -95,7 +95,7 @@ class Engine:
             self._guided.forget(request_id)
 
     def step(self) -> list[RequestDelta]:
-        """Launch the next step, and return what the oldest one brought to each of its requests once enough are in flight."""
+        """Launch the next step; once enough are in flight, return what the oldest brought to each of its requests."""
         deltas = self._add_built() if self._building else []
         plan = self.scheduler.schedule()
         self.queue_times = []
@@ -186,7 +186,7 @@ class Engine:
         return [(request_id, now_s - self._added_s.pop(request_id)) for request_id in ids]
 
     def _count(self, step: LaunchedStep, result: StepResult) -> None:
-        """A step's time begins when the one before it has ended: together they are the time that the engine was busy."""
+        """A step's time begins when the one before it has ended: their sum is the time that the engine was busy."""
         now, plan = time.perf_counter(), step.plan
         self._step_time_s += now - max(step.start_s, self._last_end_s)
         self._last_end_s = now

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -181,9 +182,7 @@ def _of_cache(
     )  # fmt: skip
     for num_rows in NUM_ROWS:
         steps = _rows(model, num_rows, arch)
-        yield from record(
-            paged_attention, f"{name}-{num_rows}", lambda steps=steps: paged_attention.launch_plan_attention(steps)
-        )
+        yield from record(paged_attention, f"{name}-{num_rows}", partial(paged_attention.launch_plan_attention, steps))
 
 
 def _qkv(model: ModelShape, dtype: torch.dtype) -> Tensor:

@@ -31,8 +31,8 @@ def expand_rows(
 
     query_starts: [R + 1], its last entry the number of tokens; starts: [R], the position of each row's first token;
     slots: [R], row of token_buffer ([max_num_seqs, L]) and block_tables ([max_num_seqs, blocks]); all int32.
-    Token t of row r stands at p = starts[r] + t - query_starts[r]: store_index is its block * S + p % S. Beyond the last
-    token: token 0 at position 0, with store_index -1, which nothing is stored at.
+    Token t of row r stands at p = starts[r] + t - query_starts[r]: store_index is its block * S + p % S. Beyond the
+    last token: token 0 at position 0, with store_index -1, which nothing is stored at.
     """
     launch = launch_expand_rows if token_ids.is_cuda else expand_rows_ref
     launch(
@@ -102,7 +102,7 @@ def launch_expand_rows(
 
 
 def scatter_words(target: Tensor, updates: Tensor, count: int) -> None:
-    """target.view(-1)[updates[0, i]] = updates[1, i] for i < count. target: int32, contiguous; updates: [2, n] int32."""
+    """target.view(-1)[updates[0, i]] = updates[1, i] for i < count. target: contiguous int32; updates: [2, n] int32."""
     if count == 0:
         return
     if target.is_cuda:

@@ -56,7 +56,7 @@ class Updates:
 
 @dataclass(slots=True)
 class HostBuffers:
-    """The pinned memory of one step in flight. rows: its RowWords; out: [max_num_seqs] sampled tokens that come back."""
+    """The pinned memory of one step in flight. rows: its RowWords; out: [max_num_seqs], the sampled tokens."""
 
     rows: RowWords
     updates: Tensor

@@ -1,6 +1,6 @@
 """The runner of a GPU: owns the model, the paged cache and what is known of the running requests there.
 
-`launch` puts a step into the device's queue and returns; `collect` waits for its tokens, the only thing that comes back.
+`launch` puts a step into the device's queue and returns; `collect` waits for its tokens, all that comes back.
 A step of up to MAX_GRAPH_TOKENS tokens is padded to one of a few sizes and replayed as one graph.
 """
 

@@ -1,7 +1,7 @@
 """The sampler of a device: the parameters of running requests live there, and a plain step is one launch.
 
-Requests that want more (biases, bad words, penalties, grammar masks, filters, log-probabilities) cost launches for their
-stage only; rows that do not want a stage leave its kernel at once. The semantics are those of sampler.py.
+Requests that want more (biases, bad words, penalties, grammar masks, filters, log-probabilities) cost launches for
+their stage only; rows that do not want a stage leave its kernel at once. The semantics are those of sampler.py.
 """
 
 from dataclasses import dataclass
