@@ -116,7 +116,7 @@ def make_plan(
         stats=torch.empty(max_partials, num_heads, 2, dtype=torch.float32, device=device),
         target_items=target_items,
         granule=granule or split.granule,
-        num_programs=num_programs or num_resident,
+        num_programs=num_programs or 2 * num_resident,
     )
 
 
