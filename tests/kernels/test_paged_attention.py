@@ -141,6 +141,14 @@ def test_however_many_programs_share_the_prompts(num_programs):
     check(inputs, run(inputs, prefill=Tile(32, 4, 2, 32)))
 
 
+@pytest.mark.parametrize("num_programs", [1, 3])
+def test_however_many_programs_share_the_split_rows(num_programs):
+    plan = make_plan(4, 4, 2, 64, "cpu", target_items=40, granule=16, num_programs=num_programs)
+    inputs = make_inputs(Case(rows=((1, 333), (1, 1), (1, 200), (1, 65))), torch.float16, plan=plan)
+    check(inputs, run(inputs))
+    assert plan.counts[1] == 3
+
+
 def test_a_plan_of_many_rows():
     plan = make_plan(1100, 2, 1, 16, "cpu", target_items=64, granule=32)
     case = Case(rows=((1, 20),) * 1098 + ((1, 3000), (1, 1)), num_heads=2, num_kv_heads=1, head_dim=16)

@@ -49,7 +49,7 @@ class AttentionPlan:
     queries each: queries of the prompts before it, first query token, queries, keys, row of the block tables. counts:
     [4] int32, items, splits and prompts in use, and the queries of all prompts. partials: [max_partials, H, D] float32,
     and stats: [max_partials, H, 2] float32, maximum and sum of the weights. target_items: pieces aimed at. granule:
-    keys that a piece's length is a multiple of. num_programs: that share the prompts' queries.
+    keys that a piece's length is a multiple of. num_programs: that share the prompts' queries, or the split rows.
     """
 
     items: Tensor
@@ -338,37 +338,40 @@ def _merge_pieces_kernel(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE_STRIDE: tl.constexpr, SPLIT_FIELDS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program (split row, query head). A piece outside the window has total 0 and sums of 0."""
-    head = tl.program_id(1)
-    if tl.program_id(0) >= tl.load(counts_ptr + 1):
-        return
-    split_ptr = splits_ptr + tl.program_id(0) * SPLIT_FIELDS
-    token = tl.load(split_ptr).to(tl.int64)
-    first = tl.load(split_ptr + 1)
-    number = tl.load(split_ptr + 2)
-    dims = tl.arange(0, BLOCK_D)
-    best = -1e30
-    total = 0.0
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, number, BLOCK_P):
-        piece = start + tl.arange(0, BLOCK_P)
-        exists = piece < number
-        index = (first + piece) * H + head
-        piece_best = tl.load(stats_ptr + index * 2, mask=exists, other=-1e30)
-        piece_total = tl.load(stats_ptr + index * 2 + 1, mask=exists, other=0.0)
-        mask = exists[:, None] & (dims < D)[None, :]
-        sums = tl.load(partials_ptr + index[:, None] * D + dims[None, :], mask=mask, other=0.0)
-        new_best = tl.maximum(best, tl.max(piece_best, axis=0))
-        weights = tl.exp2(piece_best - new_best)
-        rescale = tl.exp2(best - new_best)
-        total = total * rescale + tl.sum(piece_total * weights, axis=0)
-        acc = acc * rescale + tl.sum(sums * weights[:, None], axis=0)
-        best = new_best
-    factor = 1.0 / total
-    if v_scale_ptr is not None:
-        factor *= tl.load(v_scale_ptr + head // G * SCALE_STRIDE)
-    out = (acc * factor).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + token * (H * D) + head * D + dims, out, mask=dims < D)
+    """Each program takes a split row and a query head until there are no more: mostly few rows are split, or none.
+
+    A piece outside the window has total 0 and sums of 0.
+    """
+    num_splits = tl.load(counts_ptr + 1)
+    for work in range(tl.program_id(0), num_splits * H, tl.num_programs(0)):
+        head = work % H
+        split_ptr = splits_ptr + work // H * SPLIT_FIELDS
+        token = tl.load(split_ptr).to(tl.int64)
+        first = tl.load(split_ptr + 1)
+        number = tl.load(split_ptr + 2)
+        dims = tl.arange(0, BLOCK_D)
+        best = -1e30
+        total = 0.0
+        acc = tl.zeros([BLOCK_D], tl.float32)
+        for start in range(0, number, BLOCK_P):
+            piece = start + tl.arange(0, BLOCK_P)
+            exists = piece < number
+            index = (first + piece) * H + head
+            piece_best = tl.load(stats_ptr + index * 2, mask=exists, other=-1e30)
+            piece_total = tl.load(stats_ptr + index * 2 + 1, mask=exists, other=0.0)
+            mask = exists[:, None] & (dims < D)[None, :]
+            sums = tl.load(partials_ptr + index[:, None] * D + dims[None, :], mask=mask, other=0.0)
+            new_best = tl.maximum(best, tl.max(piece_best, axis=0))
+            weights = tl.exp2(piece_best - new_best)
+            rescale = tl.exp2(best - new_best)
+            total = total * rescale + tl.sum(piece_total * weights, axis=0)
+            acc = acc * rescale + tl.sum(sums * weights[:, None], axis=0)
+            best = new_best
+        factor = 1.0 / total
+        if v_scale_ptr is not None:
+            factor *= tl.load(v_scale_ptr + head // G * SCALE_STRIDE)
+        out = (acc * factor).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + token * (H * D) + head * D + dims, out, mask=dims < D)
 
 
 @jit
@@ -629,7 +632,7 @@ def launch_decode_attention(
         scale * LOG2_E, q.stride(0), rows.block_tables.stride(0), **decode_launch(shape, arch, tile).arguments,
     )  # fmt: skip
     num_splits = min(rows.seq_lens.shape[0], plan.target_items)
-    _merge_pieces_kernel[(num_splits, shape.num_heads)](
+    _merge_pieces_kernel[(min(num_splits * shape.num_heads, plan.num_programs),)](
         plan.partials, plan.stats, plan.splits, plan.counts, v_scale, out, **merge_launch(shape).arguments
     )
 
