@@ -12,12 +12,16 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """block_n: keys a step. block_m: (query, head) pairs a program, of prefill; decode takes one group of heads."""
+    """block_n: keys a step. block_m: (query, head) pairs a program, of prefill; decode takes one group of heads.
+
+    masks_all: of prefill, no loop of its own for keys that every query sees, which takes fewer registers.
+    """
 
     block_n: int
     num_warps: int
     num_stages: int
     block_m: int = 16
+    masks_all: bool = False
 
 
 @dataclass(frozen=True, slots=True)
