@@ -10,6 +10,8 @@ from lazy_stream import LazyStream
 
 from evenflow import LLM, SamplingParams
 from evenflow.engine import building
+from evenflow.kernels.self_check import Comparison
+from evenflow.runner import start_check
 from evenflow.runner.device_batch import DeviceSlots
 from evenflow.runner.device_runner import DeviceRunner
 from evenflow.runner.graphs import Graphs, decode_sizes, mixed_sizes
@@ -188,6 +190,40 @@ def test_too_few_buffers_are_seen(directory, monkeypatch):
     except Exception:
         return
     assert found != expected
+
+
+@pytest.mark.parametrize("error", [0.01, 0.5])
+def test_kernels_are_checked_before_anything_else(directory, monkeypatch, tmp_path, error):
+    """On a device where they run; here nothing does, so what is found there is made up."""
+    facts = {"gpu": "GPU 9000", "arch": "arch9", "triton": "3.x"}
+    shapes = []
+
+    def check(shape, device):
+        shapes.append(shape)
+        return [Comparison("paged_attention", error, 0.02)]
+
+    monkeypatch.setattr(start_check, "device_facts", lambda _: dict(facts))
+    monkeypatch.setattr(start_check, "check_kernels", check)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if error > 0.02:
+        monkeypatch.setattr("evenflow.runner.device_runner.make_model", None)  # it is not reached
+        with pytest.raises(RuntimeError, match="kernel paged_attention computes something else .* on GPU 9000 "):
+            device_llm(directory, monkeypatch)
+        return
+    for what in ("s)", "(cached)"):
+        llm = device_llm(directory, monkeypatch)
+        assert llm.engine.runner.kernel_account == llm.kernel_account
+        assert "on GPU 9000, the worst is paged_attention with 50%" in llm.kernel_account
+        assert llm.kernel_account.endswith(what)
+    (shape,) = shapes
+    sizes = (shape.hidden_size, shape.intermediate_size, shape.num_heads, shape.num_kv_heads, shape.head_dim)
+    assert sizes == (64, 96, 4, 2, 16)
+    assert (shape.vocab_size, shape.windows, shape.has_head_norm) == (VOCAB, (0,), False)
+    assert (shape.dtype, shape.cache_dtype, shape.block_size) == ("float32", "float32", 16)
+
+
+def test_no_kernel_runs_on_a_cpu(directory, monkeypatch):
+    assert device_llm(directory, monkeypatch).kernel_account == cpu_llm(directory).kernel_account == ""
 
 
 def test_padded_sizes_cover_every_step():

@@ -1,6 +1,8 @@
 """Facts about the GPU that PyTorch sees, of either vendor."""
 
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from evenflow.platforms.platform import Platform
@@ -58,6 +60,16 @@ def detect() -> Platform | None:
             hip_arch=properties.gcnArchName if torch.version.hip else None,
         )
     )
+
+
+def driver_version() -> str:
+    """Of the kernel's module; for one that came with the kernel, the kernel's."""
+    for module in ("nvidia", "amdgpu"):
+        try:
+            return Path(f"/sys/module/{module}/version").read_text().strip()
+        except OSError:
+            pass  # not this one, or without a version of its own
+    return platform.release()
 
 
 def platform_of(facts: DeviceFacts) -> Platform:
