@@ -22,6 +22,8 @@ LLAMA = {
 }
 QWEN3 = LLAMA | {"model_type": "qwen3", "num_key_value_heads": 8}
 GPU = Platform("gpu", "cuda", "any", 32, "float8_e4m3fn", 2**16, True, 2**36, "bfloat16")
+FNUZ = dataclasses.replace(GPU, fp8_dtype="float8_e4m3fnuz")
+OLD = dataclasses.replace(GPU, name="old GPU", arch="older", fp8_dtype=None)
 CPU = cpu.detect()
 
 
@@ -56,6 +58,9 @@ def test_resolution_is_complete_and_says_why():
         ({"dtype": "float16"}, GPU, "dtype", "float16"),
         ({"dtype": "float16"}, CPU, "kv_cache_dtype", "float16"),
         ({"kv_cache_dtype": "bfloat16"}, CPU, "kv_cache_dtype", "bfloat16"),
+        ({"kv_cache_dtype": "fp8"}, GPU, "kv_cache_dtype", "float8_e4m3fn"),
+        ({"kv_cache_dtype": "fp8", "dtype": "float16"}, FNUZ, "kv_cache_dtype", "float8_e4m3fnuz"),
+        ({"kv_cache_dtype": "auto"}, FNUZ, "kv_cache_dtype", "bfloat16"),
         ({"enable_chunked_prefill": False}, CPU, "max_num_batched_tokens", 4096),
         ({"load_format": "dummy"}, CPU, "load_format", "dummy"),
         ({}, CPU, "load_format", "safetensors"),
@@ -77,6 +82,7 @@ def test_resolution(options, platform, field, value):
         ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization=nan must be in"),
         ({"gpu_memory_utilization": 0.0}, "gpu_memory_utilization=0.0"),
         ({"kv_cache_memory": "lots"}, "kv_cache_memory='lots' must be a size such as 4GiB"),
+        ({"kv_cache_dtype": "int8"}, "kv_cache_dtype='int8' must be one of auto, float32, bfloat16, float16, fp8"),
         ({"load_format": "pt"}, "load_format='pt' must be one of"),
     ],
 )
@@ -98,6 +104,21 @@ def test_engine_config_refuses(options, message):
 def test_resolution_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         resolve(EngineConfig(model="m", **options), ModelConfig.from_hf(LLAMA), CPU)
+
+
+@pytest.mark.parametrize(("platform", "name"), [(OLD, r"old GPU \(older\)"), (CPU, r"CPU \(cpu\)")])
+def test_a_cache_of_8_bits_needs_a_gpu_that_has_them(platform, name):
+    message = f"kv_cache_dtype='fp8' needs a GPU that converts 8-bit floats, and {name} does not; use 'auto'"
+    with pytest.raises(ValueError, match=message):
+        resolve(EngineConfig(model="m", kv_cache_dtype="fp8"), ModelConfig.from_hf(LLAMA), platform)
+
+
+def test_a_cache_of_8_bits_takes_half_the_memory():
+    model = ModelConfig.from_hf(LLAMA)
+    whole, half = (
+        resolve(EngineConfig(model="m", kv_cache_dtype=kind), model, GPU).settings for kind in ("auto", "fp8")
+    )
+    assert half.kv_bytes_per_token(model) * 2 == whole.kv_bytes_per_token(model) == 524_288
 
 
 @pytest.mark.parametrize(

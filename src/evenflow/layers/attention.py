@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from evenflow.kernels.attention import AttentionBatch, paged_attention
@@ -26,7 +27,13 @@ class LayerBatch:
 
 
 class SelfAttention(nn.Module):
-    """[T, hidden] -> [T, hidden]. kv_cache: this layer's [num_blocks, 2, Hkv, block_size, head_dim], written first."""
+    """[T, hidden] -> [T, hidden]. kv_cache: this layer's [num_blocks, 2, Hkv, block_size, head_dim], written first.
+
+    k_scale, v_scale: [1] float32, what the keys and values of a cache of 8 bits are to be multiplied by.
+    """
+
+    k_scale: Tensor
+    v_scale: Tensor
 
     def __init__(
         self,
@@ -51,6 +58,8 @@ class SelfAttention(nn.Module):
         self.o_proj = RowParallelLinear("o_proj", num_heads * head_dim, hidden_size, out_bias, place)
         self.q_norm = RMSNorm(head_dim, head_norm_eps, place) if head_norm_eps is not None else None
         self.k_norm = RMSNorm(head_dim, head_norm_eps, place) if head_norm_eps is not None else None
+        for name in ("k_scale", "v_scale"):
+            self.register_buffer(name, torch.ones(1, dtype=torch.float32, device=place.device), persistent=False)
 
     def forward(self, x: Tensor, batch: LayerBatch, kv_cache: Tensor) -> Tensor:
         H, Hkv = self.num_heads, self.num_kv_heads
@@ -64,6 +73,7 @@ class SelfAttention(nn.Module):
             store_kv(qkv[:, H:], kv_cache, rows.store_index)
             out = paged_attention(qkv[:, :H], kv_cache, rows, self.scale, self.window)
         else:
-            rotary_and_store(qkv, kv_cache, batch.cos, batch.sin, rows.positions, rows.store_index, H, Hkv)
-            out = device_attention(qkv[:, :H], kv_cache, rows, self.scale, self.window)
+            scales = (self.k_scale, self.v_scale) if kv_cache.dtype.itemsize == 1 else (None, None)
+            rotary_and_store(qkv, kv_cache, batch.cos, batch.sin, rows.positions, rows.store_index, H, Hkv, *scales)
+            out = device_attention(qkv[:, :H], kv_cache, rows, self.scale, self.window, None, *scales)
         return self.o_proj(out.reshape(-1, H * self.head_dim))

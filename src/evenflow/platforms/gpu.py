@@ -62,6 +62,11 @@ def detect() -> Platform | None:
     )
 
 
+def fp8_dtype_of(arch: str) -> str | None:
+    """torch's name of the 8-bit float that an architecture converts in hardware."""
+    return _by_prefix(FP8_DTYPES, arch)
+
+
 def driver_version() -> str:
     """Of the kernel's module; for one that came with the kernel, the kernel's."""
     for module in ("nvidia", "amdgpu"):
@@ -81,7 +86,7 @@ def platform_of(facts: DeviceFacts) -> Platform:
         device="cuda",
         arch=arch,
         warp_size=facts.warp_size,
-        fp8_dtype=_by_prefix(FP8_DTYPES, arch),
+        fp8_dtype=fp8_dtype_of(arch),
         lds_bytes=_by_prefix(LDS_BYTES, arch) or 48 * KIB,
         supports_graphs=True,
         memory_bytes=facts.memory_bytes,
