@@ -20,6 +20,8 @@ LLAMA = {
     "vocab_size": 32000,
     "rms_norm_eps": 1e-5,
 }
+SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+CACHE_SCALES = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": SCHEME}
 QWEN3 = LLAMA | {"model_type": "qwen3", "num_key_value_heads": 8}
 GPU = Platform("gpu", "cuda", "any", 32, "float8_e4m3fn", 2**16, True, 2**36, "bfloat16")
 FNUZ = dataclasses.replace(GPU, fp8_dtype="float8_e4m3fnuz")
@@ -142,6 +144,17 @@ def test_sizes_refused(text):
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not implemented for llama"),
         ({"logits_scaling": 8.0}, "logits_scaling=8.0 is not implemented for llama; if it does not change"),
         ({"quantization_config": {"bits": 4}}, "quantization_config=.* is not implemented"),
+        ({"quantization_config": CACHE_SCALES | {"config_groups": {"group_0": {}}}}, "quantization_config=.* is not"),
+        ({"quantization_config": CACHE_SCALES | {"sparsity_config": {"format": "x"}}}, "quantization_config=.* is not"),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "quantization_config=.* is not implemented"),
+        (
+            {"quantization_config": CACHE_SCALES | {"kv_cache_scheme": SCHEME | {"dynamic": True}}},
+            "quantization_config=.* is not implemented",
+        ),
+        (
+            {"quantization_config": CACHE_SCALES | {"kv_cache_scheme": SCHEME | {"type": "int"}}},
+            "quantization_config=.* is not implemented",
+        ),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope type 'longrope' is not implemented"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope type 'linear' needs a factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, "factor=-1 must be a positive number"),
@@ -168,6 +181,10 @@ def test_config_json_is_read_strictly(changes, message):
 def test_no_model_type():
     with pytest.raises(ValueError, match="no model_type"):
         ModelConfig.from_hf({"hidden_size": 1})
+
+
+def test_checkpoints_that_bring_scales_of_the_cache_alone_are_read():
+    assert ModelConfig.from_hf(LLAMA | {"quantization_config": CACHE_SCALES}) == ModelConfig.from_hf(LLAMA)
 
 
 def test_keys_without_effect_are_accepted():

@@ -237,6 +237,17 @@ def test_a_cache_of_8_bits_is_as_near_as_its_digits(monkeypatch, tmp_path, case)
     assert gap("float8_e4m3fn", (3.0, 0.3)) > 3 * allowed
 
 
+def test_both_kinds_of_8_bits_keep_the_same(directory, monkeypatch):
+    """Bit for bit, so a model writes the same text on targets of either kind."""
+    runs = [device_llm(directory, monkeypatch, cache_dtype=f"float8_{kind}") for kind in ("e4m3fn", "e4m3fnuz")]
+    params = SamplingParams(temperature=0, max_tokens=30, detokenize=False)
+    found = [tokens(llm.generate(prompts(5), params, use_tqdm=False)) for llm in runs]
+    assert found[0] == found[1]
+    for one, other in zip(*(llm.engine.runner.kv_caches for llm in runs), strict=True):
+        assert (one.float() == 2 * other.float()).all()
+        assert one.float().abs().max() > 1
+
+
 def test_a_cache_of_8_bits_holds_more_blocks(directory, monkeypatch):
     whole, small = (device_llm(directory, monkeypatch, cache_dtype=kind) for kind in (None, "float8_e4m3fn"))
     runner = small.engine.runner

@@ -77,3 +77,17 @@ class SelfAttention(nn.Module):
             rotary_and_store(qkv, kv_cache, batch.cos, batch.sin, rows.positions, rows.store_index, H, Hkv, *scales)
             out = device_attention(qkv[:, :H], kv_cache, rows, self.scale, self.window, None, *scales)
         return self.o_proj(out.reshape(-1, H * self.head_dim))
+
+
+def cache_scales(model: nn.Module) -> dict[str, Tensor]:
+    """k_scale and v_scale of every layer, by the names that checkpoints give them."""
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, SelfAttention)}
+    return {f"{path}.{name}": getattr(layer, name) for path, layer in layers.items() for name in ("k_scale", "v_scale")}
+
+
+@torch.no_grad()
+def fit_cache_scales(model: nn.Module, cache_dtype: torch.dtype) -> None:
+    """Scales are made for e4m3fn. The same bits are half of it in e4m3fnuz: doubled, they keep the same bits there."""
+    if cache_dtype == torch.float8_e4m3fnuz:
+        for scale in cache_scales(model).values():
+            scale.mul_(2.0)

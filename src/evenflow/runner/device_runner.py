@@ -17,7 +17,7 @@ from evenflow.distributed import TensorParallel
 from evenflow.kernels.paged_attention import AttentionPlan, DeviceRows, make_plan, plan_attention
 from evenflow.kernels.self_check import CheckedShape
 from evenflow.kernels.step_inputs import expand_rows
-from evenflow.layers.attention import LayerBatch
+from evenflow.layers.attention import LayerBatch, fit_cache_scales
 from evenflow.layers.loading import Placement
 from evenflow.layers.rotary import cos_sin
 from evenflow.model_config import ModelConfig
@@ -93,6 +93,7 @@ class DeviceRunner:
             fill_dummy(self.model, settings.seed)
         else:
             load_weights(self.model, directory, is_tied=model_config.tie_word_embeddings)
+        fit_cache_scales(self.model, getattr(torch, settings.kv_cache_dtype))
         self.max_tokens = round_up(settings.max_num_batched_tokens, 16)
         self._token_ids = torch.zeros(self.max_tokens, dtype=torch.int64, device=self.device)
         self._positions = torch.zeros_like(self._token_ids)
