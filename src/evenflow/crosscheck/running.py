@@ -153,8 +153,11 @@ def _matches(label: str, pattern: str) -> bool:
     return fnmatchcase(label, pattern) or fnmatchcase(label.partition("/")[0], pattern)
 
 
-def run_case(case: "Case", dtype: str, arch: str) -> Ran:
-    """Launch on the simulator, and compare with the reference; whatever goes wrong is in the result."""
+def run_case(case: "Case", dtype: str, arch: str, rewrite: Callable[[str], str] = lambda assembly: assembly) -> Ran:
+    """Launch on the simulator, and compare with the reference; whatever goes wrong is in the result.
+
+    rewrite: what to do to the machine code before it runs, for tests that damage it.
+    """
     from evenflow.crosscheck.simulated import simulated
 
     start_s = time.perf_counter()
@@ -162,7 +165,7 @@ def run_case(case: "Case", dtype: str, arch: str) -> Ran:
     launched: list[Launched] = []
     try:
         module = import_module(case.module)
-        with simulated(module, find_target(arch)) as launched:
+        with simulated(module, find_target(arch), rewrite) as launched:
             ratio = error_ratio(case, dtype, case.launch_of(module, arch), case.reference_of(module))
     except Exception as problem:  # a wrong access, a race, a compile error: this case's failure
         error = f"{type(problem).__name__}: {problem}"
@@ -215,7 +218,7 @@ def _widened(value: Any) -> Any:
 
 
 def _ratio(found: "Tensor", eager: "Tensor", exact: "Tensor") -> float:
-    """Of integers: 0 or infinity. Of 8-bit floats: steps between the numbers that there are, of which one is allowed always.
+    """Of integers: 0 or infinity. Of 8-bit floats: steps between the numbers that there are; one is allowed always.
 
     Of others half a unit in the last place of the largest value is always allowed. What is not finite must be so in
     the same place and of the same sign.
@@ -236,6 +239,8 @@ def _ratio(found: "Tensor", eager: "Tensor", exact: "Tensor") -> float:
     exact, wide, eager = exact[is_finite], wide[is_finite], eager[is_finite].double()
     if not exact.numel():
         return 0.0
+    if not wide.isfinite().all():
+        return float("inf")
     error = (wide - exact).abs().max().item()
     unit = torch.finfo(found.dtype).eps * exact.abs().max().item() / 2
     allowed = ALLOWED * (eager - exact).abs().max().item() + unit

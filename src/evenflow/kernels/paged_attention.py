@@ -553,7 +553,7 @@ def merge_launch(shape: AttentionShape) -> Launch:
 @cache
 def prefill_launch(shape: AttentionShape, arch: str, tile: Tile | None = None) -> Launch:
     """How _prefill_attention_kernel is compiled. tile: instead of the architecture's."""
-    tile = tile or prefill_tile(arch, shape.block_d, shape.query_bytes)
+    tile = tile or prefill_tile(arch, shape.block_d, shape.query_bytes, shape.cache_bytes)
     blocks = {
         "BLOCK_M": max(tile.block_m, next_power_of_2(shape.group)),
         "BLOCK_D": shape.block_d,

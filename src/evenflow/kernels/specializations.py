@@ -70,8 +70,8 @@ class Specialization:
 class ModelShape:
     """What of a model decides how its kernels are compiled. window: of its attention, None for none.
 
-    is_sample: compiled in float16, in float32 and with an 8-bit cache too. The others, whose kernels differ in constants
-    only, are compiled in bfloat16.
+    is_sample: compiled in float16, in float32 (heads of 128 at most) and with an 8-bit cache too. The others, whose
+    kernels differ in constants only, are compiled in bfloat16.
     """
 
     name: str
@@ -108,6 +108,7 @@ MODELS = (
 NUM_ROWS = (3, 257)
 NUM_TOKENS = 515
 NUM_UPDATES = 7
+MAX_FLOAT32_HEAD = 128  # larger ones would spill on gfx11 and gfx12, and no model that we know asks for them
 MAX_MODEL_LEN = 8192
 BLOCK_SIZE = 16
 # Architectures that compile an 8-bit cache although it is no type of theirs would go here, with what converts it.
@@ -137,7 +138,9 @@ def _identity(made: Specialization) -> tuple[object, ...]:
 
 def specializations(model: ModelShape, arch: str) -> Iterator[Specialization]:
     """What one model launches, in bfloat16 and, if it is a sample, in the other types and with an 8-bit cache."""
-    dtypes = (torch.bfloat16, torch.float16, torch.float32) if model.is_sample else (torch.bfloat16,)
+    dtypes = [torch.bfloat16]
+    if model.is_sample:
+        dtypes += [torch.float16, torch.float32] if model.head_dim <= MAX_FLOAT32_HEAD else [torch.float16]
     for dtype in dtypes:
         name = f"{model.name}-{TENSOR_TYPES[_dtype_name(dtype)]}"
         yield from _of_layers(model, dtype, name)

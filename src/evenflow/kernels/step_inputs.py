@@ -5,7 +5,7 @@ that stay on the device. So a sampled token is read by the next step without hav
 
 Shapes: R rows, T tokens (padded), S tokens per block.
 """
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 
 import torch
 from torch import Tensor
