@@ -281,10 +281,10 @@ def _logits(inputs: _Inputs, dtype: torch.dtype) -> Tensor:
 
 
 def _check_draw(inputs: _Inputs) -> Iterator[Comparison]:
-    """Of logits as the model gives them; and of float32, which edited ones are, with thresholds and a buffer."""
+    """Of few rows, as the model gives their logits; of more, in float32, as edits leave them, with thresholds."""
     (slots, lengths), table = _rows(), _table()
-    raw = _logits(inputs, inputs.dtype)
-    found = launch_draw(*inputs.on_device(raw, table, slots, lengths))
+    raw = _logits(inputs, inputs.dtype)[:3]
+    found = launch_draw(*inputs.on_device(raw, table, slots[:3], lengths[:3]))
     yield Comparison("draw", _lost_score(raw, found.cpu(), None), 1e-3)
     logits = _logits(inputs, torch.float32)
     thresholds = filter_thresholds(logits, table, slots)
@@ -299,19 +299,20 @@ def _check_draw(inputs: _Inputs) -> Iterator[Comparison]:
 
 def _lost_score(logits: Tensor, tokens: Tensor, thresholds: Tensor | None) -> float:
     """How much less the tokens score than the best ones do; infinite where there should be none, or should be one."""
-    num_rows = len(_REQUESTS)
+    requests = _REQUESTS[: len(tokens)]
+    num_rows = len(requests)
     if tokens[num_rows:].tolist() != [-1] * (len(tokens) - num_rows) or (tokens[:num_rows] < 0).any():
         return math.inf
     if (tokens >= logits.shape[1]).any():
         return math.inf
-    temperatures = torch.tensor([float(request.get("temperature", 1.0)) for request in _REQUESTS])
+    temperatures = torch.tensor([float(request.get("temperature", 1.0)) for request in requests])
     is_greedy = temperatures == 0
     scores = logits[:num_rows].float() / temperatures.masked_fill(is_greedy, 1.0)[:, None]
     if thresholds is not None:
         hidden = (scores < thresholds[:num_rows, None]) & ~is_greedy[:, None]
         scores = scores.masked_fill(hidden, -math.inf)
-    seeds = torch.tensor([(int(request.get("seed", 0)) + 2**63) % 2**64 - 2**63 for request in _REQUESTS])
-    prompts = torch.tensor([int(request.get("num_prompt_tokens", 0)) for request in _REQUESTS])
+    seeds = torch.tensor([(int(request.get("seed", 0)) + 2**63) % 2**64 - 2**63 for request in requests])
+    prompts = torch.tensor([int(request.get("num_prompt_tokens", 0)) for request in requests])
     noise = log_noise(seeds, torch.tensor(_LENGTHS[:num_rows]) - prompts, logits.shape[1])
     scores -= noise.masked_fill(is_greedy[:, None], 0.0)
     return float((scores.amax(-1) - scores.gather(1, tokens[:num_rows, None].long())[:, 0]).max())
