@@ -151,7 +151,7 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Res
     values["enable_graphs"] = config.enable_graphs and on_gpu and platform.supports_graphs
     if not on_gpu:
         reasons["enable_overlap"] = reasons["enable_graphs"] = "of no use on a CPU"
-    decide("max_num_batched_tokens", 8192 if on_gpu else 2048, "keeps a step short and the matrix units busy")
+    decide("max_num_batched_tokens", 2048, "keeps a step short and the matrix units busy")
     if not config.enable_chunked_prefill and values["max_num_batched_tokens"] < values["max_model_len"]:
         if config.max_num_batched_tokens is not None:
             raise ValueError(

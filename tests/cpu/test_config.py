@@ -51,7 +51,7 @@ def test_resolution_is_complete_and_says_why():
     ("options", "platform", "field", "value"),
     [
         ({}, CPU, "max_num_batched_tokens", 2048),
-        ({}, GPU, "max_num_batched_tokens", 8192),
+        ({}, GPU, "max_num_batched_tokens", 2048),
         ({"max_num_seqs": 7}, CPU, "max_num_seqs", 7),
         ({"max_model_len": 100}, CPU, "max_model_len", 100),
         ({"max_model_len": 100}, CPU, "fit_max_model_len", False),

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_the_plan_covers_every_key_once(seed):
     case = Case(rows=tuple(shapes), num_heads=2, num_kv_heads=1, head_dim=16)
     rows = make_inputs(case, torch.float32, plan=plan, seed=seed).rows
     launch_plan_attention(rows)
-    num_items, num_splits = plan.counts.tolist()
+    num_items, num_splits, num_prompts, num_queries = plan.counts.tolist()
     assert num_items <= num_rows + target
     assert num_splits <= len(plan.splits)
     pieces: dict[int, list[list[int]]] = {}
@@ -133,6 +134,27 @@ def test_the_plan_covers_every_key_once(seed):
             assert indices == list(range(next_partial, next_partial + len(parts)))
             next_partial += len(parts)
     assert next_partial <= len(plan.partials)
+    prompts = [r for r, (q, _) in enumerate(shapes) if q > 1]
+    before = [0, *accumulate(shapes[r][0] for r in prompts)]
+    assert (num_prompts, num_queries) == (len(prompts), before[-1])
+    expected_prompts = [[n, starts[r], *shapes[r], slots[r]] for n, r in zip(before, prompts, strict=False)]
+    assert plan.prompts[:num_prompts, :5].tolist() == expected_prompts
+
+
+@pytest.mark.parametrize("num_programs", [1, 2, 7])
+def test_however_many_programs_share_the_prompts(num_programs):
+    plan = make_plan(6, 4, 2, 64, "cpu", target_items=4, num_programs=num_programs)
+    case = Case(rows=((40, 60), (1, 30), (2, 2), (0, 0), (129, 200), (16, 16)))
+    inputs = make_inputs(case, torch.float16, plan=plan)
+    check(inputs, run(inputs, prefill=Tile(32, 4, 2, 32)))
+
+
+@pytest.mark.parametrize("num_programs", [1, 3])
+def test_however_many_programs_share_the_split_rows(num_programs):
+    plan = make_plan(4, 4, 2, 64, "cpu", target_items=40, granule=16, num_programs=num_programs)
+    inputs = make_inputs(Case(rows=((1, 333), (1, 1), (1, 200), (1, 65))), torch.float16, plan=plan)
+    check(inputs, run(inputs))
+    assert plan.counts[1] == 3
 
 
 def test_a_plan_of_many_rows():
@@ -141,7 +163,7 @@ def test_a_plan_of_many_rows():
     rows = make_inputs(case, torch.float32, plan=plan).rows
     launch_plan_attention(rows)
     chunk = -(-(20 * 1098 + 3001) // 64 // 32 + 1) * 32
-    num_items, num_splits = plan.counts.tolist()
+    num_items, num_splits, *_ = plan.counts.tolist()
     assert num_splits == 1
     assert num_items - 1099 == plan.splits[0, 2] == -(-3000 // max(chunk, 416))
 
@@ -221,7 +243,8 @@ PLANTED = {  # what: (case that sees it, code, code with the bug)
         "= (first_position + 1) //",
         "= (first_position + BLOCK_Q) //",
     ),
-    "queries of another row": ("prompts", "row = low - 1", "row = tl.maximum(low - 2, 0)"),
+    "queries of another row": ("prompts", "(low - 1) * PROMPT", "tl.maximum(low - 2, 0) * PROMPT"),
+    "prompts not counted": ("prompts", "num_queries > 1", "num_queries > 2"),
     "no soft cap": ("soft cap", "if SOFT_CAP > 0:", "if SOFT_CAP > 1000:"),
 }
 
