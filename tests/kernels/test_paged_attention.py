@@ -244,7 +244,7 @@ PLANTED = {  # what: (case that sees it, code, code with the bug)
         "= (first_position + BLOCK_Q) //",
     ),
     "queries of another row": ("prompts", "(low - 1) * PROMPT", "tl.maximum(low - 2, 0) * PROMPT"),
-    "prompts not counted": ("prompts", "num_queries > 1", "num_queries > 2"),
+    "short prompts not counted": ("prompts", "num_queries > 1", "num_queries > 16"),
     "no soft cap": ("soft cap", "if SOFT_CAP > 0:", "if SOFT_CAP > 1000:"),
 }
 
