@@ -40,6 +40,7 @@ class LLM:
         self.model_config = opened.model_config
         built = build_engine(self.resolution.settings, opened)
         self.engine, self.settings, self.memory_account = built.engine, built.settings, built.memory_account
+        self._close_engine = built.close
         self._tokenizer = opened.tokenizer
         self._inputs = InputProcessor(self.settings, self.model_config, opened.tokenizer, opened.generation_config)
         self._outputs = OutputProcessor(opened.tokenizer)
@@ -133,8 +134,9 @@ class LLM:
         return outputs
 
     def close(self) -> None:
-        """End whatever still runs. The memory goes with the object."""
+        """End whatever still runs, and the processes of other ranks. The memory goes with the object."""
         self._abort(self._outputs.live_ids())
+        self._close_engine()
 
     def _params_of(self, prompts: Sequence[Prompt], params: Params) -> list[SamplingParams]:
         if params is None:

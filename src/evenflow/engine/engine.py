@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING, Any, Protocol
 
+from evenflow.engine.rank_error import RankError
 from evenflow.engine.stats import EngineStats
 from evenflow.request import FinishReason, Request, RequestDelta, StepPlan, StepResult, TokenMasks
 from evenflow.scheduler import Scheduler
@@ -106,6 +107,9 @@ class Engine:
         try:
             masks = self._guided.masks(plan) if self._guided is not None else None
             result = self.runner.execute(plan, masks)
+        except RankError as error:  # there is no next step
+            self.scheduler.fail_step(plan, str(error))
+            raise
         except Exception as error:  # whatever it was, it must not take the waiting requests down
             logger.exception("a step of %d requests failed", len(plan.rows))
             self._num_failed_rows += len(plan.rows)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from evenflow.config import DTYPE_BYTES, Settings
+from evenflow.distributed import TensorParallel
 from evenflow.model_config import ModelConfig
 from evenflow.platforms import cpu
 
@@ -36,8 +37,14 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.1f} MiB"
 
 
-def plan_memory(settings: Settings, model: ModelConfig, weight_bytes: int) -> MemoryPlan:
-    """Size the cache. Raises ValueError with the numbers and the way out when no full-length request would fit."""
+def plan_memory(
+    settings: Settings, model: ModelConfig, weight_bytes: int, tp: TensorParallel | None = None
+) -> MemoryPlan:
+    """Size the cache of one rank, of which `model` is the view: as many blocks as fit on every rank.
+
+    Raises ValueError with the numbers and the way out, on all ranks, when no full-length request would fit.
+    """
+    tp = tp or TensorParallel()
     activation_bytes = activation_bytes_on_cpu(settings, model)
     block_bytes = settings.block_size * settings.kv_bytes_per_token(model)
     useful_blocks = settings.max_num_seqs * -(-settings.max_model_len // settings.block_size)
@@ -45,8 +52,9 @@ def plan_memory(settings: Settings, model: ModelConfig, weight_bytes: int) -> Me
         num_blocks = settings.kv_cache_bytes // block_bytes
     else:
         share = min(settings.gpu_memory_utilization, MAX_CPU_SHARE)
-        free_bytes = int(cpu.available_memory_bytes() * share) - activation_bytes
+        free_bytes = int(cpu.available_memory_bytes() * share) // tp.size - activation_bytes  # the ranks share it
         num_blocks = min(max(free_bytes, 0) // block_bytes, useful_blocks)
+    num_blocks = tp.minimum(num_blocks)
     max_model_len = settings.max_model_len
     if num_blocks * settings.block_size < max_model_len:
         if not settings.fit_max_model_len or num_blocks == 0:
