@@ -173,13 +173,11 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Res
 
 def check_tensor_parallel_size(size: int, model: ModelConfig, platform: Platform) -> None:
     """Raises ValueError, with the way out, when the model cannot be split over so many ranks, or they are not there."""
-    for name, count in (("attention heads", model.num_heads), ("MLP columns", model.intermediate_size)):
-        if count % size:
-            raise ValueError(f"tensor_parallel_size={size} must divide the model's {count} {name}; use {_near(size)}")
-    if model.num_kv_heads % size and size % model.num_kv_heads:
+    if not _can_be_split(model, size):
+        sizes = ", ".join(str(n) for n in range(1, model.num_heads + 1) if _can_be_split(model, n))
         raise ValueError(
-            f"tensor_parallel_size={size} must divide the model's {model.num_kv_heads} key heads, or be a multiple of "
-            f"them; use {_near(size)}"
+            f"tensor_parallel_size={size} cannot split this model's {model.num_heads} attention heads, "
+            f"{model.num_kv_heads} key heads and {model.intermediate_size} MLP columns evenly; it can be {sizes}"
         )
     if platform.device != "cpu" and size > platform.num_devices:
         raise ValueError(
@@ -187,8 +185,10 @@ def check_tensor_parallel_size(size: int, model: ModelConfig, platform: Platform
         )
 
 
-def _near(size: int) -> str:
-    return "1" if size <= 2 else "1 or another power of 2" if size > 4 else "1 or 2"
+def _can_be_split(model: ModelConfig, size: int) -> bool:
+    """Key heads that are fewer than the ranks are held by several of them."""
+    has_key_heads = model.num_kv_heads % size == 0 or size % model.num_kv_heads == 0
+    return model.num_heads % size == 0 and model.intermediate_size % size == 0 and has_key_heads
 
 
 def _dtype(model: ModelConfig, platform: Platform) -> tuple[str, str]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from evenflow import distributed
 from evenflow.config import Settings
 from evenflow.distributed import PeerLost, RendezvousError, TensorParallel
+from evenflow.engine import worker
 from evenflow.engine.rank_error import RankError
 from evenflow.engine.rank_messages import (
     RankFailed,
@@ -217,8 +218,9 @@ class Ranks:
         self._kill()
         with suppress(OSError):
             self._wake.send(b"c")
-        if threading.current_thread() is not self._thread:
-            self._thread.join(STOP_TIMEOUT_S)
+        self._thread.join(STOP_TIMEOUT_S)
+        self._wake.close()
+        self._woken.close()
         with suppress(RuntimeError):
             distributed.leave()
 
@@ -394,7 +396,7 @@ class TensorParallelRunner:
         self.ranks = Ranks(size, self._deadlines, on_failure, command)
         self._finalizer = weakref.finalize(self, Ranks.close, self.ranks)  # also when the interpreter ends
         try:
-            device = select_device(settings.device, 0)
+            self._device = device = select_device(settings.device, 0)
             rendezvous_s = self._deadlines.rendezvous_s
             with self.ranks.working("starting", rendezvous_s + self._deadlines.heartbeat_s):
                 self.ranks.send(
@@ -447,10 +449,16 @@ class TensorParallelRunner:
         return self.collect(self.launch(plan, masks))
 
     def check_ranks_agree(self) -> None:
-        """Every rank has sampled the same tokens in every step that it has collected. Raises RankError."""
+        """Every rank has sampled the same tokens up to the last step that it waited for. Raises RankError.
+
+        For tests, between two steps: it waits until the ranks have done what they were sent.
+        """
         known = dict(self._digests)
+        newest = self.ranks.step - worker.lag_of(self._device)
+        while min(pong.collected for pong in self.ranks.progress()) < newest:
+            pass
         for rank, pong in enumerate(self.ranks.progress(), 1):
-            if known.get(pong.collected, pong.digest) != pong.digest:
+            if known[pong.collected] != pong.digest:
                 raise RankError(f"tensor-parallel rank {rank} has sampled other tokens by step {pong.collected}")
 
     def close(self) -> None:

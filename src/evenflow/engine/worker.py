@@ -62,6 +62,11 @@ def select_device(settings_device: str, rank: int) -> torch.device:
     return torch.device(settings_device)
 
 
+def lag_of(device: torch.device) -> int:
+    """How many launched steps a rank does not wait for, so that a GPU has the next one before it ends the last."""
+    return 0 if device.type == "cpu" else 1
+
+
 def run(plans: socket.socket, control: socket.socket, progress: Progress) -> None:
     """Returns when rank 0 closes the plans."""
     start = receive_for_rank(plans)
@@ -75,12 +80,12 @@ def run(plans: socket.socket, control: socket.socket, progress: Progress) -> Non
     progress.tp = join(start.rank, start.size, start.address, device, deadline_s=start.deadline_s)
     runner = ModelRunner(start.settings, start.model_config, Path(start.directory), progress.tp)
     _send(control, RankReady())
-    serve(runner, plans, progress, lag=0 if device.type == "cpu" else 1)
+    serve(runner, plans, progress, lag_of(device))
     leave()
 
 
 def serve(runner: ModelRunner, plans: socket.socket, progress: Progress, lag: int) -> None:
-    """lag: launched steps that are not waited for, so that a GPU has the next one before it ends the last."""
+    """Launch every plan. lag: see lag_of."""
     launched: list[tuple[int, StepResult]] = []
     while (step := receive_for_rank(plans)) is not None:
         assert isinstance(step, Step)

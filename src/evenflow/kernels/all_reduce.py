@@ -14,7 +14,7 @@ Only plain loads, stores and atomics: no multicast, no multimem instruction.
 
 The flags. Each launch has a number, its epoch, counted on the device (`state`), so that a graph can replay it. In each
 rank's buffer flag [phase, program, peer] holds the last epoch that the peer's program has reached; that peer writes it
-(release) and its owner polls it (acquire). Two halves of the data are used in turn: in epoch e a rank writes the half of
+(release), its owner polls it (acquire). Two halves of the data are used in turn: in epoch e a rank writes the half of
 epoch e - 2 again, when all peers have begun epoch e - 1, hence ended e - 2.
 
 A wait ends after MAX_POLLS, tens of seconds, and what it waited for counts as NaN: a dead peer gives an error in every
@@ -34,8 +34,8 @@ from evenflow.kernels.rms_norm import add_rms_norm
 SIZES = (2, 4, 8)
 MAX_PROGRAMS = 512
 MAX_BYTES = 8 * 2**20  # of one message; larger ones are the library's
-# Up to so many bytes one-shot is the faster, by number of ranks. With 2 ranks both read the same amount; with 4, one-shot
-# won up to 2 MiB (vLLM pull request 24111); with 8 the amount read limits it.
+# Up to so many bytes one-shot is the faster, by number of ranks. With 2 ranks both read the same amount; with 4 it won up
+# to 2 MiB (vLLM pull request 24111); with 8 the amount read limits it.
 ONE_SHOT_MAX_BYTES = {2: 8 * 2**20, 4: 2 * 2**20, 8: 512 * 2**10}
 MAX_POLLS = 1 << 25
 FLAG_BYTES = 2 * MAX_PROGRAMS * max(SIZES) * 8
