@@ -1,11 +1,11 @@
 """What each technique is worth on this machine: it is taken away alone, the rest stays.
 
-The seed's claims are continuous over static batching (5 to 10 times) and paged over contiguous KV memory (3 times). Beside
-them: prefix cache, chunked prefill, overlap of steps, graphs. What does not apply here is skipped, with the reason.
+The seed's claims are continuous over static batching (5 to 10 times) and paged over contiguous KV memory (3 times).
+Beside them: prefix cache, chunked prefill, overlap of steps, graphs. What does not apply here is skipped, with the
+reason.
 """
 
 import dataclasses
-import gc
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -76,7 +76,14 @@ def bench_ablation(
             else:
                 rows.append(_measure(variant, model, base, num_requests, rounds))
             bar.advance(f"{variant.name}: " + (reason or f"{rows[-1]['ratio']:.2f}x"))
-    return {"kind": "ablation", "model_id": model, "num_requests": num_requests, "rows": rows, "skipped": skipped, **about}
+    return {
+        "kind": "ablation",
+        "model_id": model,
+        "num_requests": num_requests,
+        "rows": rows,
+        "skipped": skipped,
+        **about,
+    }
 
 
 def why_skipped(variant: Variant, is_gpu: bool) -> str:
@@ -89,38 +96,55 @@ def why_skipped(variant: Variant, is_gpu: bool) -> str:
 
 def _base_options(model: str, options: dict[str, Any]) -> tuple[dict[str, Any], bool, dict[str, Any]]:
     """(engine options of every run, whether it is a GPU, what the report says of them)."""
-    probe = engines.open_engine(model, {"kv_cache_memory": "64MiB", **options, "max_num_seqs": 1})
-    context = options.get("max_model_len") or min(probe.model_config.max_context, DEFAULT_CONTEXT)
-    is_gpu = probe.settings.device != "cpu"
+    model_config, settings = engines.resolved(model, options)
+    context = options.get("max_model_len") or min(model_config.max_context, DEFAULT_CONTEXT)
+    is_gpu = settings.device != "cpu"
     base = {"enable_prefix_caching": False, **options, "max_model_len": context}
     if not is_gpu and "kv_cache_memory" not in options:
-        base["kv_cache_memory"] = str(CPU_FULL_LENGTH * context * probe.settings.kv_bytes_per_token(probe.model_config))
+        base["kv_cache_memory"] = str(CPU_FULL_LENGTH * context * settings.kv_bytes_per_token(model_config))
     about = {"context": context, "kv_cache_memory": base.get("kv_cache_memory", "what is free")}
-    _close(probe)
     return base, is_gpu, about
 
 
 def _measure(variant: Variant, model: str, base: dict[str, Any], num_requests: int, rounds: int) -> dict[str, Any]:
-    with_it, without: list[dict[str, float]] = [], []
     if variant.scheduler is not None:
-        llm = engines.open_engine(model, base)
-        requests, plain = _requests(variant, llm, num_requests), llm.engine.scheduler
-        _warm(llm, requests)
-        for _ in range(rounds):
-            with_it.append(_run(llm, requests))
-            llm.engine.scheduler = _make_scheduler(variant.scheduler, llm)
-            without.append(_run(llm, requests))
-            llm.engine.scheduler = plain
-        _close(llm)
+        with_it, without = _by_turns(variant, model, base, num_requests, rounds)
     else:
         assert variant.option is not None
-        for value, found in ((True, with_it), (False, without)):
-            llm = engines.open_engine(model, {**base, variant.option: value})
-            requests = _requests(variant, llm, num_requests)
-            _warm(llm, builtin(8, context=llm.settings.max_model_len, seed=7).requests)
-            found += [_run(llm, requests, salt=number) for number in range(rounds)]
-            _close(llm)
+        with_it, without = (
+            _rounds(variant, model, {**base, variant.option: value}, num_requests, rounds) for value in (True, False)
+        )
     return row_of(variant, with_it, without)
+
+
+def _by_turns(
+    variant: Variant, model: str, base: dict[str, Any], num_requests: int, rounds: int
+) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """One engine, its scheduler exchanged after every run."""
+    assert variant.scheduler is not None
+    llm = engines.open_engine(model, base)
+    requests, plain = _requests(variant, llm, num_requests), llm.engine.scheduler
+    _warm(llm, requests)
+    with_it, without = [], []
+    for _ in range(rounds):
+        with_it.append(_run(llm, requests))
+        llm.engine.scheduler = _make_scheduler(variant.scheduler, llm)
+        without.append(_run(llm, requests))
+        llm.engine.scheduler = plain
+    llm.close()
+    return with_it, without
+
+
+def _rounds(
+    variant: Variant, model: str, options: dict[str, Any], num_requests: int, rounds: int
+) -> list[dict[str, float]]:
+    engines.release_memory()
+    llm = engines.open_engine(model, options)
+    requests = _requests(variant, llm, num_requests)
+    _warm(llm, builtin(8, context=llm.settings.max_model_len, seed=7).requests)
+    found = [_run(llm, requests, salt=number) for number in range(rounds)]
+    llm.close()
+    return found
 
 
 def row_of(
@@ -174,7 +198,7 @@ def _run(llm: "LLM", requests: Sequence[BenchRequest], salt: int = 0) -> dict[st
         num_tokens = evenflow_runner(llm)(shifted)
         seconds = time.perf_counter() - start
     finally:
-        del llm.engine.step  # type: ignore[method-assign]
+        del llm.engine.step
     if num_tokens != sum(request.num_output_tokens for request in requests):
         raise RuntimeError("the engine made fewer tokens than asked for; requests failed")
     return {"seconds": seconds, "tokens_per_s": num_tokens / seconds, "longest_step_s": longest}
@@ -218,13 +242,18 @@ def _make_scheduler(kind: str, llm: "LLM") -> Any:
     )
 
 
-def _close(llm: "LLM") -> None:
-    """Give its memory back before the next engine asks how much is free."""
-    device = llm.settings.device
-    llm.close()
-    del llm
-    gc.collect()
-    if device != "cpu":
-        import torch
+def ablation_plot(result: dict[str, Any]) -> str:
+    """The ratios as bars, SVG."""
+    from evenflow.bench import plots
 
-        torch.cuda.empty_cache()
+    rows = result["rows"]
+    groups = [row["name"] for row in rows]
+    with_it = plots.Series("with", [row["tokens_per_s"] for row in rows], errors=[r["tokens_per_s_ci95"] for r in rows])
+    without = plots.Series(
+        "without",
+        [row["tokens_per_s_without"] for row in rows],
+        errors=[row["tokens_per_s_without_ci95"] for row in rows],
+    )
+    labels = [f"{name}\n{row['ratio']:.2f}x" for name, row in zip(groups, rows, strict=True)]
+    figure = plots.bars(f"Ablation, {result['model_id']}", labels, [with_it, without], "output tokens/s")
+    return plots.svg(figure)

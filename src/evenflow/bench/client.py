@@ -18,13 +18,12 @@ CONNECT_TIMEOUT_S = 60.0
 MAX_ERROR_CHARS = 300
 
 
-def import_httpx() -> Any:
-    """httpx, or a ValueError that says how to get it."""
+def check_httpx() -> None:
+    """Raises ValueError that says how to get httpx where it is not installed."""
     try:
-        import httpx
+        import httpx  # noqa: F401
     except ImportError:
         raise ValueError("this benchmark needs httpx: pip install 'evenflow[bench]'") from None
-    return httpx
 
 
 @dataclass(slots=True)
@@ -43,7 +42,8 @@ class Client:
 
     async def send(self, request: BenchRequest, origin_s: float = 0.0) -> RequestRecord:
         """Never raises for what a server or network does: the record's `error` tells."""
-        httpx = import_httpx()
+        import httpx
+
         record = RequestRecord(num_prompt_tokens=request.num_prompt_tokens)
         start_s = self.clock()
         record.start_s = start_s - origin_s
@@ -138,7 +138,8 @@ async def served_model(http: "httpx.AsyncClient", wanted: str | None) -> str:
 
     Raises ValueError when no server answers, the answer is no list of models, or the wanted one is not in it.
     """
-    httpx = import_httpx()
+    import httpx
+
     url = str(http.base_url).rstrip("/")
     try:
         response = await http.get("/v1/models")
@@ -152,7 +153,9 @@ async def served_model(http: "httpx.AsyncClient", wanted: str | None) -> str:
     listed = (_decode(response.content) or {}).get("data") if response.status_code == 200 else None
     names = [entry["id"] for entry in listed or [] if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
     if not names:
-        raise ValueError(f"{url}/v1/models lists no model (HTTP {response.status_code}); is this an OpenAI-compatible server?")
+        raise ValueError(
+            f"{url}/v1/models lists no model (HTTP {response.status_code}); is this an OpenAI-compatible server?"
+        )
     if wanted is not None and wanted not in names:
         raise ValueError(f"--model {wanted!r} is not served at {url}; it has {', '.join(names)}")
     return wanted or names[0]
@@ -160,15 +163,16 @@ async def served_model(http: "httpx.AsyncClient", wanted: str | None) -> str:
 
 def make_http(base_url: str, api_key: str | None = None) -> "httpx.AsyncClient":
     """A client without limits on connections. Raises ValueError for a URL that is none."""
-    httpx = import_httpx()
+    check_httpx()
+    import httpx
+
     if not base_url.startswith(("http://", "https://")):
         raise ValueError(f"--base-url {base_url!r} must start with http:// or https://")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    http: httpx.AsyncClient = httpx.AsyncClient(
+    return httpx.AsyncClient(
         base_url=base_url.rstrip("/").removesuffix("/v1"),
         headers=headers,
         timeout=httpx.Timeout(REQUEST_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
         trust_env=False,
     )
-    return http

@@ -4,6 +4,7 @@ Owns the choice between them and the machine's limits for it. Imports the engine
 """
 
 import dataclasses
+import gc
 import json
 import os
 import tempfile
@@ -57,6 +58,24 @@ def open_engine(model: str, options: dict[str, Any]) -> "LLM":
     from evenflow.llm import LLM
 
     return LLM(**engine_options(model, dict(options)))
+
+
+def resolved(model: str, options: dict[str, Any]) -> "tuple[ModelConfig, Settings]":
+    """What would run, without loading weights. Raises ValueError as LLM does."""
+    from evenflow.engine.opening import open_model, resolve_settings
+
+    config = EngineConfig(**engine_options(model, dict(options)))
+    model_config = open_model(config).model_config
+    return model_config, resolve_settings(config, model_config).settings
+
+
+def release_memory() -> None:
+    """Give what closed engines held back to the device, before the next one asks how much is free."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def is_dummy(model: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import evenflow
 from evenflow.platforms import inventory
 
-PACKAGES = ("torch", "triton", "pytorch-triton-rocm", "numpy", "transformers", "httpx", "tokenizers", "vllm")
+PACKAGES = ("torch", "triton", "numpy", "transformers", "httpx", "tokenizers", "vllm")
 
 
 def manifest() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """How long one batch takes: time to first token, time per step, and both limits, over batch sizes and lengths.
 
-Prompts of one cell are of equal length and all wait at the start. The first token's time is that of a run with one output
-token; the time of a step is what the further tokens of a longer run add, divided by their number.
+Prompts of one cell are of equal length and all wait at the start. The first token's time is that of a run with one
+output token; the time of a step is what the further tokens of a longer run add, divided by their number.
 """
 
 import itertools
@@ -35,7 +35,8 @@ def bench_latency(
     gpu: str | None = None,
     is_shown: bool = True,
 ) -> dict[str, Any]:
-    """The grid batch sizes x input lengths x output lengths. Returns JSON; each cell has vLLM's fields of `bench latency`.
+    """The grid batch sizes x input lengths x output lengths. Returns JSON; each cell has vLLM's fields of `bench
+    latency`.
 
     Raises ValueError for a cell that does not fit the context.
     """
@@ -48,10 +49,10 @@ def bench_latency(
     llm = engines.open_engine(model, {"enable_prefix_caching": False, **options})
     context = llm.settings.max_model_len
     if too_long := [cell for cell in grid if cell[1] + cell[2] > context]:
-        raise ValueError(f"--input-len {too_long[0][1]} + --output-len {too_long[0][2]} exceed the context of {context}")
-    machine, why_not = engines.machine_for(
-        llm.model_config, llm.settings, gpu, options.get("tensor_parallel_size", 1)
-    )
+        raise ValueError(
+            f"--input-len {too_long[0][1]} + --output-len {too_long[0][2]} exceed the context of {context}"
+        )
+    machine, why_not = engines.machine_for(llm.model_config, llm.settings, gpu, options.get("tensor_parallel_size", 1))
     work = engines.work_of(llm.model_config, llm.settings)
     cells = []
     with Bar("cells", len(grid), is_shown=is_shown) as bar:
@@ -66,9 +67,7 @@ def bench_latency(
     return {**found, "engine": engines.described(llm, model)}
 
 
-def measure(
-    llm: "LLM", batch: int, input_len: int, output_len: int, num_warmups: int, repeats: int
-) -> dict[str, Any]:
+def measure(llm: "LLM", batch: int, input_len: int, output_len: int, num_warmups: int, repeats: int) -> dict[str, Any]:
     """One cell. Seconds; medians over the repeats."""
     workload = random_lengths(batch, input_len=input_len, output_len=output_len, vocab_size=llm.model_config.vocab_size)
     prompts = [request.prompt for request in workload.requests]

@@ -1,8 +1,8 @@
 """What is measured of requests, by definition: TTFT, ITL, TPOT, end to end, goodput, normalized latency, throughput.
 
-Names and formulas are those of `vllm bench serve` where it has one, so that tools which read its JSON read ours. Normalized
-latency is the seed's (vLLM v0.1.4): mean over requests of latency / (prompt + output tokens); its printed throughput
-counts prompt and output tokens too. Owns no clock and no network: everything is computed from RequestRecord.
+Names and formulas are those of `vllm bench serve` where it has one, so that tools which read its JSON read ours.
+Normalized latency is the seed's (vLLM v0.1.4): mean over requests of latency / (prompt + output tokens); its printed
+throughput counts prompt and output tokens too. Owns no clock and no network: everything is computed from RequestRecord.
 """
 
 import math

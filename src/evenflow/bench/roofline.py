@@ -4,7 +4,8 @@ Every step reads the weights once and the keys and values of its sequences once,
 devices, launches and everything on the host are free. What is faster than this does not exist; a result is told as its
 fraction. `ideal`: memory and arithmetic overlap perfectly, step by step: max(memory, compute). `no overlap`: their sum.
 
-Per step with d decoding sequences and c prompt tokens (T = d + c), contexts n_i, B bytes per weight, K KV bytes per token:
+Per step with d decoding sequences and c prompt tokens (T = d + c), contexts n_i, B bytes per weight, K KV bytes per
+token:
 
     bytes = (body + head) * B + K * (sum of attended contexts + T)
     flops = 2 * body * T + 2 * head * (rows sampled) + 4 * layers * heads * head_size * (sum of attended pairs)
@@ -122,7 +123,10 @@ class Work:
         return pairs, keys
 
     def cost(self, tokens: int, sampled: int, pairs: int, keys: int) -> tuple[float, float]:
-        """(bytes, flops) of a step. pairs: query-key pairs; keys: keys and values read from the cache; over all layers."""
+        """(bytes, flops) of a step.
+
+        pairs: query-key pairs; keys: keys and values read from the cache; over all layers.
+        """
         num_bytes = self.read_bytes + self.layer_kv_bytes * (keys + tokens * self.model.num_layers)
         attention = 4 * self.model.num_heads * self.model.head_dim * pairs
         return float(num_bytes), float(2 * self.body * tokens + 2 * self.head * sampled + attention)
@@ -131,7 +135,7 @@ class Work:
         """Tokens that fit beside the weights in 0.9 of the memory."""
         embeddings = 0 if self.model.tie_word_embeddings else self.head * self.weight_bytes
         free = machine.memory_bytes * MEMORY_SHARE - self.read_bytes - embeddings
-        copies = max(machine.num_devices // self.model.num_kv_heads, 1)  # heads fewer than devices are held several times
+        copies = max(machine.num_devices // self.model.num_kv_heads, 1)  # fewer heads than devices: held several times
         return max(int(free / (self.layer_kv_bytes * self.model.num_layers * copies)), 0)
 
 
@@ -288,7 +292,9 @@ class _Schedule:
 
 def alone_s(prompt: int, output: int, work: Work, machine: Machine) -> float:
     """The shortest latency of one request on an idle machine."""
-    limit = offline_limit([(prompt, output)], work, machine, max_num_batched_tokens=prompt + 1, kv_tokens=prompt + output)
+    limit = offline_limit(
+        [(prompt, output)], work, machine, max_num_batched_tokens=prompt + 1, kv_tokens=prompt + output
+    )
     return limit.ideal_s
 
 
@@ -313,8 +319,8 @@ def report(
 def measure_cpu(dtype: str, working_set_bytes: int, memory_bytes: int, name: str = "CPU") -> Machine:
     """This CPU's limits, measured: the best of several matrix-vector and matrix-matrix products by PyTorch.
 
-    working_set_bytes: the model's weights. A small model stays in the caches, whose bandwidth is then what bounds it, so
-    bandwidth is measured by reading as many bytes as the model has.
+    working_set_bytes: the model's weights. A small model stays in the caches, whose bandwidth is then what bounds it,
+    so bandwidth is measured by reading as many bytes as the model has.
     """
     import torch
 

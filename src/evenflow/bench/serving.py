@@ -89,7 +89,10 @@ async def send_all(
     max_concurrency: int | None,
     bar: Bar | None = None,
 ) -> tuple[list[RequestRecord], float]:
-    """(a record per request, in order; seconds until the last had ended). A request waits for its time and for a place."""
+    """(a record per request, in order; seconds until the last had ended).
+
+    A request waits for its time and for a place.
+    """
     places = asyncio.Semaphore(max_concurrency) if max_concurrency else None
     start_s = client.clock()
 

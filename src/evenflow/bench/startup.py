@@ -38,9 +38,7 @@ COMMANDS = {"evenflow --help": ["--help"], "evenflow --version": ["--version"]}
 TIMEOUT_S = 1800
 
 
-def bench_startup(
-    model: str, options: dict[str, Any], *, repeats: int = 3, is_shown: bool = True
-) -> dict[str, Any]:
+def bench_startup(model: str, options: dict[str, Any], *, repeats: int = 3, is_shown: bool = True) -> dict[str, Any]:
     """Seconds of every phase. Raises ValueError with the child's words when it fails."""
     if repeats < 1:
         raise ValueError(f"--repeats {repeats} must be at least 1")

@@ -68,6 +68,7 @@ def bench_throughput(
         device, dtype = llm.settings.device, llm.settings.dtype
         llm.close()
         del llm  # its memory is the baseline's
+        engines.release_memory()
         result["baseline"] = _baseline(model, device, dtype, workload, repeats, is_shown)
         result["over_baseline"] = result["tokens_per_second"] / result["baseline"]["tokens_per_second"]
     return result
@@ -139,9 +140,7 @@ def evenflow_runner(llm: "LLM", temperature: float = 1.0) -> Contestant:
     return run
 
 
-def _baseline(
-    model: str, device: str, dtype: str, workload: Workload, repeats: int, is_shown: bool
-) -> dict[str, Any]:
+def _baseline(model: str, device: str, dtype: str, workload: Workload, repeats: int, is_shown: bool) -> dict[str, Any]:
     run = transformers_runner(model, device, dtype)
     seconds = timed(run, workload.requests, repeats, "transformers", is_shown)
     return {"name": f"transformers.generate, static batches of {BASELINE_BATCH}", **rates(workload.requests, seconds)}
@@ -156,15 +155,16 @@ def transformers_runner(model: str, device: str, dtype: str) -> Contestant:
         raise ValueError("--baseline transformers needs it: pip install 'transformers>=5.23,<6'") from None
     from evenflow.model_files import find_model
 
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    library: Any = transformers  # parts of it are not typed
+    library.utils.logging.disable_progress_bar()
+    library.utils.logging.set_verbosity_error()
     kind = getattr(torch, dtype)
     if engines.is_dummy(model):
-        config = transformers.AutoConfig.from_pretrained(engines.shape_directory(model))
+        config = library.AutoConfig.from_pretrained(engines.shape_directory(model))
         with torch.device(device):
-            network = transformers.AutoModelForCausalLM.from_config(config, dtype=kind).eval()
+            network = library.AutoModelForCausalLM.from_config(config, dtype=kind).eval()
     else:
-        network = transformers.AutoModelForCausalLM.from_pretrained(find_model(model), dtype=kind).eval().to(device)
+        network = library.AutoModelForCausalLM.from_pretrained(find_model(model), dtype=kind).eval().to(device)
 
     def run(requests: Sequence[BenchRequest]) -> int:
         return sum(

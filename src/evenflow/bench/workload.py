@@ -78,9 +78,9 @@ def builtin(count: int, *, context: int = MAX_TOTAL, vocab_size: int = DEFAULT_V
 def sample_lengths(count: int, context: int = MAX_TOTAL, seed: int = 0) -> tuple[list[tuple[int, int]], float]:
     """((prompt, output) tokens of each request, the factor that lengths were scaled by).
 
-    Two log-normal laws cut as vLLM v0.1.4's filter cuts ShareGPT: both at least 4, the prompt at most 1,024, together at
-    most 2,048 or `context`. Stratified: request i has quantile (i + 1/2) / count, shuffled, so that the means are 249 and
-    230 for any count, not only in the limit. The spreads (1.3 and 0.85) are an assumption; the means are not.
+    Two log-normal laws cut as vLLM v0.1.4's filter cuts ShareGPT: both at least 4, the prompt at most 1,024, together
+    at most 2,048 or `context`. Stratified: request i has quantile (i + 1/2) / count, shuffled, so that the means are
+    249 and 230 for any count, not only in the limit. The spreads (1.3 and 0.85) are an assumption; the means are not.
     """
     _at_least("num_prompts", count, 1)
     _at_least("context", context, 4 * MIN_TOKENS)
@@ -95,7 +95,10 @@ def sample_lengths(count: int, context: int = MAX_TOTAL, seed: int = 0) -> tuple
 
 
 def _stratified(count: int, mean: float, cv: float, longest: int) -> np.ndarray:
-    """`count` integers at even quantiles of a log-normal law cut to [4, longest], whose mean is `mean`. [count] int64"""
+    """`count` integers at even quantiles of a log-normal law cut to [4, longest], whose mean is `mean`.
+
+    [count] int64
+    """
     sigma = math.sqrt(math.log(1 + cv**2))
     normal = NormalDist()
 
@@ -246,7 +249,9 @@ def as_text(workload: Workload, seed: int = 0) -> Workload:
         else replace(request, prompt=" ".join(rng.choice(WORDS, len(request.prompt)).tolist()))
         for request in workload.requests
     ]
-    return replace(workload, requests=requests, note=f"{workload.note}; as words, so counts are the server's".strip("; "))
+    return replace(
+        workload, requests=requests, note=f"{workload.note}; as words, so counts are the server's".strip("; ")
+    )
 
 
 def _with_ids(lengths: list[tuple[int, int]], vocab_size: int, seed: int) -> list[tuple[list[int], int]]:
