@@ -177,7 +177,7 @@ def _conditions(record: dict[str, Any], has_random: bool, left_out: dict[str, st
     ]
     for index, gpu in enumerate(found["gpus"]):
         rows.append([f"GPU {index}", ", ".join(f"{key} {value}" for key, value in gpu.items())])
-    return Section("Conditions", paragraphs, [Table("environment", ("", "as found"), rows)])
+    return Section("Conditions", paragraphs, [Table("environment", ("", "as found"), rows, is_text=True)])
 
 
 def table_1(record: dict[str, Any]) -> Table:
@@ -195,8 +195,11 @@ def table_1(record: dict[str, Any]) -> Table:
         ]
         sheet = all_specs().get(machine["name"].split(" x ")[-1])
         rows.append([*row, *_link_and_watts(sheet, devices), "–"])
-    note = "this machine: measured where it is a CPU, else its data sheet, all devices together; no price"
-    return Table("Table 1", ("", "16-bit TFLOP/s", "memory GB", "GB/s", "link GB/s", "W", "price"), rows, note)
+    note = (
+        "TFLOP/s: dense, 16-bit; of a CPU in the type that ran, measured, as its GB/s. "
+        "This machine: all devices together; its price is not known here."
+    )
+    return Table("Table 1", ("", "TFLOP/s", "memory GB", "GB/s", "link GB/s", "W", "price"), rows, note)
 
 
 def _link_and_watts(sheet: Specs | None, num_devices: int) -> list[str]:

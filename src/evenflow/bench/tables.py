@@ -8,12 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """header[0] names the rows, its column is set left, the others right. note: a sentence below."""
+    """header[0] names the rows, its column is set left, the others right, unless is_text. note: below it."""
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+    is_text: bool = False
 
     def print(self) -> None:
         """To standard output."""
@@ -23,7 +24,7 @@ class Table:
         console = Console(width=None if sys.stdout.isatty() else 160)
         table = RichTable(title=self.title, title_justify="left", box=None, header_style="bold", title_style="bold")
         for index, name in enumerate(self.header):
-            table.add_column(name, justify="left" if index == 0 else "right")
+            table.add_column(name, justify="left" if index == 0 or self.is_text else "right", overflow="fold")
         for row in self.rows:
             table.add_row(*row)
         console.print(table)
@@ -34,7 +35,7 @@ class Table:
         def line(cells: Sequence[str]) -> str:
             return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
-        rule = "|---|" + "---:|" * (len(self.header) - 1)
+        rule = "|---|" + ("---|" if self.is_text else "---:|") * (len(self.header) - 1)
         body = "\n".join([line(self.header), rule, *(line(row) for row in self.rows)])
         return f"**{self.title}**\n\n{body}\n" + (f"\n{self.note}\n" if self.note else "")
 

@@ -103,7 +103,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         "model", nargs="?", default="demo", metavar="MODEL", help="directory, Hugging Face name, or a shape of `plan`"
     )
     parser.add_argument("--gpu", metavar="NAME", help="whose limits count, of platforms/specs.toml (default: found)")
-    add_engine_options(parser, leave_out=("model",))
+    add_engine_options(parser, leave_out=("model",), has_explain=False)
     if "tensor_parallel_size" not in {field.name for field in dataclasses.fields(EngineConfig)}:
         parser.add_argument(
             "--tensor-parallel-size",
@@ -225,7 +225,7 @@ def _add_paper(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gpu", metavar="NAME", help="whose limits count, of platforms/specs.toml (default: found)")
     parser.add_argument("--no-progress", action="store_true", help="no progress bars on standard error")
-    add_engine_options(parser, leave_out=("model",))
+    add_engine_options(parser, leave_out=("model",), has_explain=False)
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-tokens", type=int, default=64, metavar="N", help="greedy tokens per prompt (%(default)s)"
     )
     record.add_argument("--top-k", type=int, default=10, metavar="K", help="best tokens per position (%(default)s)")
-    add_engine_options(record, leave_out=("model",))
+    add_engine_options(record, leave_out=("model",), has_explain=False)
     record.set_defaults(run_action=_run_record)
     check = actions.add_parser("check", help="hold an engine or a server to a certificate", epilog=EXAMPLES, **shape)
     check.add_argument("certificate", type=Path, metavar="FILE", help="JSON of `parity record`")
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument("--api-key", metavar="KEY", help="sent to the server as bearer token")
     _add_bounds(check)
     check.add_argument("--output", type=Path, metavar="FILE", help="write the verdict as JSON")
-    add_engine_options(check, leave_out=("model",))
+    add_engine_options(check, leave_out=("model",), has_explain=False)
     check.set_defaults(run_action=_run_check)
 
 
