@@ -13,6 +13,7 @@ from evenflow.model_config import ModelConfig
 from evenflow.platforms import Platform
 
 DTYPES = ("float32", "bfloat16", "float16")
+LARGE_MEMORY_BYTES = 60 * 10**9  # a GPU that holds the cache of more than 256 requests
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e4m3fnuz": 1}
 
 
@@ -40,6 +41,8 @@ class EngineConfig:
     gpu_memory_utilization: float = option(0.9, "share of the device's memory that the engine may use")
     enable_prefix_caching: bool = option(True, "share the cache of equal prompt beginnings")
     enable_chunked_prefill: bool = option(True, "split long prompts over several steps")
+    enable_overlap: bool = option(True, "on a GPU: plan the next step while one runs")
+    enable_graphs: bool = option(True, "on a GPU: replay steps of up to 2,048 tokens as graphs")
     max_logprobs: int = option(20, "most log-probabilities that a request may ask for per token")
     generation_config: str = option("auto", "sampling defaults from the model's file, or none", ("auto", "none"))
     skip_tokenizer_init: bool = option(False, "load no tokenizer: prompts and outputs are token ids")
@@ -94,6 +97,8 @@ class Settings:
     gpu_memory_utilization: float
     enable_prefix_caching: bool
     enable_chunked_prefill: bool
+    enable_overlap: bool
+    enable_graphs: bool
     max_logprobs: int
     generation_config: str
     skip_tokenizer_init: bool
@@ -135,7 +140,12 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Res
             f"max_model_len={config.max_model_len} exceeds the model's context of {model.max_context} tokens; lower it"
         )
     on_gpu = platform.device != "cpu"
-    decide("max_num_seqs", 256, "enough to be bound by memory, not by count")
+    is_large = on_gpu and platform.memory_bytes >= LARGE_MEMORY_BYTES
+    decide("max_num_seqs", 1024 if is_large else 256, "enough to be bound by memory, not by count")
+    values["enable_overlap"] = config.enable_overlap and on_gpu
+    values["enable_graphs"] = config.enable_graphs and on_gpu and platform.supports_graphs
+    if not on_gpu:
+        reasons["enable_overlap"] = reasons["enable_graphs"] = "of no use on a CPU"
     decide("max_num_batched_tokens", 8192 if on_gpu else 2048, "keeps a step short and the matrix units busy")
     if not config.enable_chunked_prefill and values["max_num_batched_tokens"] < values["max_model_len"]:
         if config.max_num_batched_tokens is not None:

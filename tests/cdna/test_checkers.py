@@ -224,5 +224,29 @@ class TestUnwrittenRegisters:
         ):
             self.run(text)
 
+    @pytest.mark.parametrize(
+        ("use", "name"),
+        [
+            ("v_mov_b32 v1, v2", None),
+            ("v_mov_b32 v1, v3", "v3"),
+            ("v_cndmask_b32 v1, v0, v0, s[6:7]", "s6, s7"),
+            ("v_mov_b32 v3, 0\nv_lshl_add_u64 v[4:5], v[2:3], 0, v[2:3]", None),
+            ("v_mad_u64_u32 v[2:3], s[8:9], v0, v0, v[2:3]\nv_mov_b32 v1, v3", "v3"),
+        ],
+    )
+    def test_a_wide_sum_of_which_the_lower_half_is_wanted(self, use, name):
+        """The upper half of its addend is read by the hardware and spoils the upper half of the sum, no more."""
+        code = f"v_mov_b32 v10, v0\nv_mad_u64_u32 v[2:3], s[6:7], v0, v0, v[10:11]\n{use}"
+        if name is None:
+            self.run(code)
+            return
+        with pytest.raises(UninitializedReadError, match=f"reads {name}, which nothing has written"):
+            self.run(code)
+        self.run(f"v_mov_b32 v11, 0\n{code}")
+
+    def test_a_wide_sum_needs_the_lower_half_of_its_addend(self):
+        with pytest.raises(UninitializedReadError, match="reads v10, which nothing has written"):
+            self.run("v_mov_b32 v11, 0\nv_mad_u64_u32 v[2:3], s[6:7], v0, v0, v[10:11]")
+
     def test_what_the_launch_sets_and_what_only_keeps_a_part(self):
         self.run("v_mov_b32 v1, s1\ns_mov_b32 s3, s2\nv_writelane_b32 v5, s1, 0\nv_cvt_pk_fp8_f32 v6, v0, v1")

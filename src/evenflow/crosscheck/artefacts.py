@@ -226,6 +226,8 @@ class _Line:
 
 def _load_bytes(code: str) -> int:
     """Bytes per lane that a line of LLVM IR loads from global memory; 0 if it loads none."""
+    if "ptr addrspace(4)" in code:  # AMD's constants, such as the size of the grid
+        return 0
     if match := re.match(r"load (?:volatile )?(.*?), ptr", code):
         return _type_bytes(match[1])
     if match := re.search(r"\.load(?:\.async)?(?:\.to)?\.lds\S*\(.*?i32 (\d+)", code):

@@ -131,7 +131,7 @@ def _attempt(specialization: "Specialization", target: Target, stderr: Path) -> 
     try:
         resources = read(make(specialization, target), specialization, target)
     except Exception as problem:  # whatever it is, it is this kernel's failure, and the others go on
-        error = f"{type(problem).__name__}: {problem}"[-MAX_ERROR_CHARS:]
+        error = _causes(problem)[-MAX_ERROR_CHARS:]
     compile_s = time.perf_counter() - start_s
     sys.stdout.flush()
     sys.stderr.flush()
@@ -145,6 +145,15 @@ def _attempt(specialization: "Specialization", target: Target, stderr: Path) -> 
         compile_s=compile_s,
         resources=resources,
     )
+
+
+def _causes(problem: BaseException | None) -> str:
+    """Of an error in a function that a kernel calls, triton says the line of the call and chains the reason."""
+    lines = []
+    while problem is not None:
+        lines.append(f"{type(problem).__name__}: {problem}")
+        problem = problem.__cause__
+    return "\n".join(lines)
 
 
 def _import_all(job: Job) -> None:

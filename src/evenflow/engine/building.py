@@ -8,6 +8,7 @@ from evenflow.engine.engine import Engine
 from evenflow.engine.input import eos_token_ids
 from evenflow.engine.opening import OpenedModel
 from evenflow.guided.matcher import GuidedDecoding
+from evenflow.runner.device_runner import DeviceRunner
 from evenflow.runner.model_runner import ModelRunner
 from evenflow.scheduler import Scheduler
 
@@ -23,7 +24,8 @@ class BuiltEngine:
 
 def build_engine(settings: Settings, opened: OpenedModel) -> BuiltEngine:
     """Load the weights and make the cache. Raises ValueError that names the file or the setting at fault."""
-    runner = ModelRunner(settings, opened.model_config, opened.directory)
+    runner_type = ModelRunner if settings.device == "cpu" else DeviceRunner
+    runner = runner_type(settings, opened.model_config, opened.directory)
     settings = dataclasses.replace(settings, max_model_len=runner.memory.max_model_len)
     scheduler = Scheduler(
         num_blocks=runner.memory.num_blocks,

@@ -50,11 +50,7 @@ def open_model(config: EngineConfig) -> OpenedModel:
 
 def resolve_settings(config: EngineConfig, model_config: ModelConfig) -> Resolution:
     """What will run on this machine. Raises ValueError that names the setting at fault."""
-    # Steps on a GPU need kernels that this version does not have yet; a GPU machine runs on its CPU.
-    platform = detect("cpu" if config.device == "auto" else config.device)
-    if platform.device != "cpu":
-        raise ValueError(f"device={config.device!r}: this version runs on CPUs only; use device='cpu'")
-    return resolve(config, model_config, platform)
+    return resolve(config, model_config, detect(config.device))
 
 
 def _default_params(directory: Path, generation_config: dict[str, Any]) -> SamplingParams:

@@ -3,9 +3,12 @@
 Kernels are written for Triton 3.6 to 3.9: no block pointers, no autotuning, plain pointers and masks.
 """
 
+from functools import cache
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
+
+from evenflow.platforms import detect
 
 tl: Any
 _triton: Any
@@ -14,7 +17,7 @@ try:
     tl = import_module("triton.language")
 except ImportError:
     _triton = None
-    tl = SimpleNamespace(constexpr=object)
+    tl = SimpleNamespace(constexpr=lambda value: value)  # annotations, and constants that kernels share with the host
 
 
 class _Absent:
@@ -27,9 +30,14 @@ class _Absent:
         )
 
 
-def jit(kernel: Any) -> Any:
-    """triton.jit; without Triton, something that says so when it is launched."""
-    return _Absent(kernel) if _triton is None else _triton.jit(kernel)
+def jit(kernel: Any = None, *, do_not_specialize: tuple[str, ...] = ()) -> Any:
+    """triton.jit; without Triton, something that says so when it is launched.
+
+    do_not_specialize: integers that vary from step to step, so that nothing is compiled anew when one is 1 or 16.
+    """
+    if kernel is None:
+        return lambda kernel: jit(kernel, do_not_specialize=do_not_specialize)
+    return _Absent(kernel) if _triton is None else _triton.jit(kernel, do_not_specialize=do_not_specialize)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -38,3 +46,10 @@ def cdiv(a: int, b: int) -> int:
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+@cache
+def current_arch() -> str:
+    """The first GPU's architecture, as Platform.arch spells it; "" where there is none, as in the interpreter."""
+    platform = detect()
+    return "" if platform.device == "cpu" else platform.arch

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from evenflow.kernels.attention import AttentionBatch, paged_attention
-from evenflow.kernels.rotary import rotary_, store_kv
+from evenflow.kernels.paged_attention import DeviceRows
+from evenflow.kernels.paged_attention import paged_attention as device_attention
+from evenflow.kernels.rotary import rotary_, rotary_and_store, store_kv
 from evenflow.layers.linear import ColumnParallelLinear, RowParallelLinear
 from evenflow.layers.loading import Placement
 from evenflow.layers.norm import RMSNorm
@@ -13,11 +15,14 @@ from evenflow.layers.norm import RMSNorm
 
 @dataclass(frozen=True, slots=True)
 class LayerBatch:
-    """What every layer needs of the step: the angles of the tokens' positions ([T, 1, D // 2]) and the rows."""
+    """What every layer needs of the step: the rows, and the angles of their tokens.
+
+    cos, sin: [T, 1, D // 2] of each token where a CPU computes the step; [positions, D // 2] of all on a device.
+    """
 
     cos: Tensor
     sin: Tensor
-    attention: AttentionBatch
+    attention: AttentionBatch | DeviceRows
 
 
 class SelfAttention(nn.Module):
@@ -53,7 +58,12 @@ class SelfAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             qkv[:, :H] = self.q_norm(qkv[:, :H])
             qkv[:, H : H + Hkv] = self.k_norm(qkv[:, H : H + Hkv])
-        rotary_(qkv[:, : H + Hkv], batch.cos, batch.sin)
-        store_kv(qkv[:, H:], kv_cache, batch.attention.store_index)
-        out = paged_attention(qkv[:, :H], kv_cache, batch.attention, self.scale, self.window)
+        rows = batch.attention
+        if isinstance(rows, AttentionBatch):
+            rotary_(qkv[:, : H + Hkv], batch.cos, batch.sin)
+            store_kv(qkv[:, H:], kv_cache, rows.store_index)
+            out = paged_attention(qkv[:, :H], kv_cache, rows, self.scale, self.window)
+        else:
+            rotary_and_store(qkv, kv_cache, batch.cos, batch.sin, rows.positions, rows.store_index, H, Hkv)
+            out = device_attention(qkv[:, :H], kv_cache, rows, self.scale, self.window)
         return self.o_proj(out.reshape(-1, H * self.head_dim))

@@ -17,5 +17,5 @@ class Embedding(nn.Module):
         return F.embedding(token_ids, self.weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[R, hidden] -> [R, vocab] in float32."""
-        return F.linear(hidden, self.weight).float()
+        """[R, hidden] -> [R, vocab], in the weight's type."""
+        return F.linear(hidden, self.weight)

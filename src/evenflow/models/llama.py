@@ -49,7 +49,7 @@ class LlamaModel(nn.Module):
 
 
 class LlamaForCausalLM(nn.Module):
-    """forward: ids [T] -> hidden [T, hidden]; logits: hidden rows [R, hidden] -> [R, vocab] in float32."""
+    """forward: ids [T] -> hidden [T, hidden]; logits: hidden rows [R, hidden] -> [R, vocab]."""
 
     def __init__(self, config: ModelConfig, place: Placement) -> None:
         super().__init__()

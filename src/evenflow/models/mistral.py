@@ -48,7 +48,7 @@ class MistralModel(nn.Module):
 
 
 class MistralForCausalLM(nn.Module):
-    """forward: ids [T] -> hidden [T, hidden]; logits: hidden rows [R, hidden] -> [R, vocab] in float32."""
+    """forward: ids [T] -> hidden [T, hidden]; logits: hidden rows [R, hidden] -> [R, vocab]."""
 
     def __init__(self, config: ModelConfig, place: Placement) -> None:
         super().__init__()

@@ -51,7 +51,7 @@ class Qwen3Model(nn.Module):
 
 
 class Qwen3ForCausalLM(nn.Module):
-    """forward: ids [T] -> hidden [T, hidden]; logits: hidden rows [R, hidden] -> [R, vocab] in float32."""
+    """forward: ids [T] -> hidden [T, hidden]; logits: hidden rows [R, hidden] -> [R, vocab]."""
 
     def __init__(self, config: ModelConfig, place: Placement) -> None:
         super().__init__()

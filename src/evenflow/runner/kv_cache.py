@@ -10,6 +10,8 @@ from evenflow.model_config import ModelConfig
 from evenflow.platforms import cpu
 
 MAX_CPU_SHARE = 0.5  # of the free memory: a CPU's memory is the whole machine's
+GRAPH_ACTIVATIONS = 0.25  # graphs keep the temporaries of a step of 2,048 tokens, the largest step has 8,192
+GRAPH_BYTES = 512 * 2**20  # and what the driver keeps of some fifty graphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +24,13 @@ class MemoryPlan:
     num_blocks: int
     block_size: int
     max_model_len: int
+    graph_bytes: int = 0
 
     def __str__(self) -> str:
         num_tokens = self.num_blocks * self.block_size
+        graphs = f"graphs {_size(self.graph_bytes)}, " if self.graph_bytes else ""
         return (
-            f"memory: weights {_size(self.weight_bytes)}, activations {_size(self.activation_bytes)}, "
+            f"memory: weights {_size(self.weight_bytes)}, activations {_size(self.activation_bytes)}, {graphs}"
             f"KV cache {_size(self.cache_bytes)} = {num_tokens:,} tokens in {self.num_blocks:,} blocks, "
             f"{num_tokens / self.max_model_len:.1f} requests of {self.max_model_len:,} tokens"
         )
@@ -37,15 +41,38 @@ def _size(num_bytes: int) -> str:
 
 
 def plan_memory(settings: Settings, model: ModelConfig, weight_bytes: int) -> MemoryPlan:
-    """Size the cache. Raises ValueError with the numbers and the way out when no full-length request would fit."""
+    """Size a CPU's cache. Raises ValueError with the numbers and the way out when no full-length request would fit."""
     activation_bytes = activation_bytes_on_cpu(settings, model)
+    share = min(settings.gpu_memory_utilization, MAX_CPU_SHARE)
+    free_bytes = int(cpu.available_memory_bytes() * share) - activation_bytes
+    return _plan(settings, model, weight_bytes, activation_bytes, free_bytes)
+
+
+def plan_device_memory(settings: Settings, model: ModelConfig, weight_bytes: int, activation_bytes: int) -> MemoryPlan:
+    """Size a GPU's cache: what is left of gpu_memory_utilization of the device. Raises as plan_memory."""
+    if settings.device == "cpu":  # the stand-in that tests use
+        return _plan(settings, model, weight_bytes, activation_bytes, cpu.available_memory_bytes() // 8)
+    torch.cuda.empty_cache()
+    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    graph_bytes = int(GRAPH_ACTIVATIONS * activation_bytes + GRAPH_BYTES) if settings.enable_graphs else 0
+    not_ours = (1.0 - settings.gpu_memory_utilization) * total_bytes
+    left_bytes = int(free_bytes - not_ours) - activation_bytes - graph_bytes
+    return _plan(settings, model, weight_bytes, activation_bytes, left_bytes, graph_bytes)
+
+
+def _plan(
+    settings: Settings,
+    model: ModelConfig,
+    weight_bytes: int,
+    activation_bytes: int,
+    free_bytes: int,
+    graph_bytes: int = 0,
+) -> MemoryPlan:
     block_bytes = settings.block_size * settings.kv_bytes_per_token(model)
     useful_blocks = settings.max_num_seqs * -(-settings.max_model_len // settings.block_size)
     if settings.kv_cache_bytes:
         num_blocks = settings.kv_cache_bytes // block_bytes
     else:
-        share = min(settings.gpu_memory_utilization, MAX_CPU_SHARE)
-        free_bytes = int(cpu.available_memory_bytes() * share) - activation_bytes
         num_blocks = min(max(free_bytes, 0) // block_bytes, useful_blocks)
     max_model_len = settings.max_model_len
     if num_blocks * settings.block_size < max_model_len:
@@ -57,7 +84,13 @@ def plan_memory(settings: Settings, model: ModelConfig, weight_bytes: int) -> Me
             )
         max_model_len = num_blocks * settings.block_size
     return MemoryPlan(
-        weight_bytes, activation_bytes, num_blocks * block_bytes, num_blocks, settings.block_size, max_model_len
+        weight_bytes,
+        activation_bytes,
+        num_blocks * block_bytes,
+        num_blocks,
+        settings.block_size,
+        max_model_len,
+        graph_bytes,
     )
 
 
@@ -68,11 +101,11 @@ def activation_bytes_on_cpu(settings: Settings, model: ModelConfig) -> int:
     return tokens + 6 * settings.max_num_seqs * model.vocab_size * 4
 
 
-def make_caches(memory: MemoryPlan, settings: Settings, model: ModelConfig, device: torch.device) -> list[Tensor]:
+def make_caches(num_blocks: int, settings: Settings, model: ModelConfig, device: torch.device) -> list[Tensor]:
     """One [num_blocks, 2, Hkv, block_size, head_dim] per layer.
 
     Zeroed: a masked key's weight is 0, and 0 times what an uninitialised page may hold is not 0.
     """
-    shape = (memory.num_blocks, 2, model.num_kv_heads, settings.block_size, model.head_dim)
+    shape = (num_blocks, 2, model.num_kv_heads, settings.block_size, model.head_dim)
     dtype = getattr(torch, settings.kv_cache_dtype)
     return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(model.num_layers)]

@@ -1,4 +1,4 @@
-"""One rank's runner: owns the model, the paged cache and the slots' state; executes StepPlans."""
+"""The runner of a CPU: owns the model, the paged cache and the slots' state; a step is computed when it is launched."""
 
 from math import isnan
 from pathlib import Path
@@ -42,12 +42,20 @@ class ModelRunner:
         self.num_parameters = model_config.num_parameters
         self.kv_bytes_per_token = settings.kv_bytes_per_token(model_config)
         self.memory: MemoryPlan = plan_memory(settings, model_config, weight_bytes)
-        self.kv_caches = make_caches(self.memory, settings, model_config, self.device)
+        self.kv_caches = make_caches(self.memory.num_blocks, settings, model_config, self.device)
         self.workspace = make_workspace(self.kv_caches[0])
         max_model_len = self.memory.max_model_len
         self.cos, self.sin = cos_sin(model_config.rope, model_config.head_dim, max_model_len, self.device)
         self.slots = SlotState(settings.max_num_seqs, max_model_len, settings.block_size)
         self.sampler = Sampler(settings.max_num_seqs, model_config.vocab_size, self.device)
+
+    max_in_flight = 1
+
+    def launch(self, plan: StepPlan, masks: TokenMasks | None = None) -> StepResult:
+        return self.execute(plan, masks)
+
+    def collect(self, pending: StepResult) -> StepResult:
+        return pending
 
     def execute(self, plan: StepPlan, masks: TokenMasks | None = None) -> StepResult:
         """Compute the plan's tokens, write their keys and values, and sample. Rows of the result are the plan's."""

@@ -25,6 +25,7 @@ from evenflow.kernels.sampling import (
     row_max,
 )
 from evenflow.request import AdmittedRequest, TokenLogprobs, TokenMasks
+from evenflow.sampling_params import SamplingParams
 
 Ints = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
@@ -32,6 +33,11 @@ Array = npt.NDArray[Any]
 SMALLEST_TEMPERATURE = 1e-5  # below it a request is greedy
 CANDIDATES = (64, 256)  # sorted first, on CPU: for rows with top_k below 64, and for the other filtered rows
 PROMPT_CHUNK_BYTES = 64 * 2**20  # of float32 logits
+
+
+def is_greedy(params: SamplingParams) -> bool:
+    """Whether the likeliest token is certain to be drawn, or the temperature is too low to divide by."""
+    return params.temperature < SMALLEST_TEMPERATURE or params.top_k == 1
 
 
 class SamplingState:
@@ -64,8 +70,7 @@ class SamplingState:
     def admit(self, request: AdmittedRequest) -> None:
         """Overwrite the slot. A seed is taken modulo 2**64; None counts as 0."""
         slot, params = request.slot, request.params
-        is_greedy = params.temperature < SMALLEST_TEMPERATURE or params.top_k == 1
-        self.temperature[slot] = 0.0 if is_greedy else params.temperature
+        self.temperature[slot] = 0.0 if is_greedy(params) else params.temperature
         self.top_k[slot] = params.top_k if params.top_k < self.vocab_size else 0
         self.top_p[slot] = params.top_p
         self.min_p[slot] = params.min_p
@@ -128,6 +133,15 @@ class SampledTokens:
         }
 
 
+def to_lists(chunks: list[tuple[Tensor, Tensor, Tensor]]) -> list[TokenLogprobs]:
+    """One entry a row of the chunks. Waits for the device."""
+    found = []
+    for tensors in chunks:
+        columns = zip(*(tensor.tolist() for tensor in tensors), strict=True)
+        found += [TokenLogprobs(ids, logprobs, rank) for ids, logprobs, rank in columns]
+    return found
+
+
 class Sampler:
     """Samples the next token of every row by its slot's parameters, in vLLM's order of operations."""
 
@@ -179,14 +193,22 @@ class Sampler:
 
         The logits exist for as many rows at a time as fit PROMPT_CHUNK_BYTES.
         """
+        return to_lists(self.prompt_logprob_tensors(to_logits, hidden, targets, k))
+
+    @torch.inference_mode()
+    def prompt_logprob_tensors(
+        self, to_logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, k: int
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The same on the device, a chunk of rows each: token_logprobs' (ids, logprobs, ranks)."""
         step = max(1, PROMPT_CHUNK_BYTES // (4 * self.state.vocab_size))
-        found = []
-        for start in range(0, len(hidden), step):
-            logits = to_logits(hidden[start : start + step]).float()
-            tensors = token_logprobs(logits, targets[start : start + step].to(logits.device), k)
-            columns = zip(*(tensor.tolist() for tensor in tensors), strict=True)
-            found += [TokenLogprobs(ids, logprobs, rank) for ids, logprobs, rank in columns]
-        return found
+        return [
+            token_logprobs(
+                to_logits(hidden[start : start + step]).float(),
+                targets[start : start + step].to(hidden.device),
+                k,
+            )
+            for start in range(0, len(hidden), step)
+        ]
 
     def _add_biases(self, logits: Tensor, slots: Ints, lengths: Ints, buffer: Tensor) -> None:
         """logit_bias, -inf for stop tokens before min_tokens, and -inf for what would complete a bad word.

@@ -123,6 +123,8 @@ class Scheduler:
             num_total = len(request.token_ids) + num_inflight
             if num_inflight and num_total - request.num_prompt_tokens >= request.max_tokens:
                 continue  # its last token is on its way
+            if num_inflight and request.params.structured_outputs is not None:
+                continue  # its grammar must see the token that is on its way; the others go on
             end = num_total if num_total - start <= budget else start + budget
             new_blocks = _NO_BLOCKS
             if (needed := -(-end // block_size) - len(request.block_table)) > 0:

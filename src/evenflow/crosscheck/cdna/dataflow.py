@@ -20,6 +20,9 @@ from evenflow.crosscheck.cdna.parser import Instruction, Kernel
 ARGUMENTS, SCRATCH = -1, -2
 Tags = frozenset[int]
 NOTHING: Tags = frozenset()
+# Sums of 64 bits that compilers use for their lower half too: then the addend's upper half need not be written, and
+# the sum's upper half and the carry mean nothing.
+WIDE_SUMS = frozenset({"v_mad_u64_u32", "v_mad_i64_i32"})
 Place = int | tuple[str, int, int]  # a register, or a spill slot: (kind, register, lane) or (kind, offset, dword)
 
 
@@ -156,8 +159,12 @@ class _Analysis:
 
     def transfer(self, step: Step, state: _State) -> None:
         """Apply one instruction to the state."""
-        for register, tags in self._results(step, state):
+        results = self._results(step, state)
+        meaningless = _meaningless_results(step, state)
+        for register, tags in results:
             state.write(register, tags)
+        for register in meaningless:
+            state.written &= ~(1 << register)
         for register in step.operation.writes:
             state.write(register, NOTHING)
         self._spill(step, state)
@@ -259,6 +266,21 @@ def read_registers(step: Step) -> Iterator[int]:
     yield from step.operation.reads
 
 
+def _upper_addend(step: Step) -> int | None:
+    """The register that only the upper half of a wide sum depends on."""
+    addend = registers(step.sources[-1]) if step.instruction.name in WIDE_SUMS else ()
+    return addend[1] if len(addend) == 2 else None
+
+
+def _meaningless_results(step: Step, state: _State) -> list[int]:
+    """What a wide sum computes from an upper half that nothing has written: as good as not written itself."""
+    upper = _upper_addend(step)
+    if upper is None or state.written >> upper & 1:
+        return []
+    total, carry = step.destinations
+    return [registers(total)[1], *registers(carry)]
+
+
 def _is_spill(step: Step, state: _State) -> bool:
     """Whether it only puts a value aside: compilers spill whole tuples, of which a part may never have been written."""
     name = step.instruction.name
@@ -288,7 +310,8 @@ def analyse(kernel: Kernel, steps: list[Step]) -> None:
             if step.operation.address:
                 tags = address_tags(step, state) - {SCRATCH}
                 step.instruction.provenance = tuple(sorted(tags)) or None
-            unwritten = [register for register in read_registers(step) if not state.written >> register & 1]
+            needed = (register for register in read_registers(step) if register != _upper_addend(step))
+            unwritten = [register for register in needed if not state.written >> register & 1]
             if unwritten and not _is_spill(step, state):
                 step.run = _refuse(step.instruction, unwritten)
             analysis.transfer(step, state)

@@ -1,0 +1,223 @@
+"""The measurements, the same for each engine: a function (prompts, output lengths, temperature) -> seconds.
+
+    python benchmarks/h200/measure.py evenflow llama-2-7b --out result.json
+    python benchmarks/h200/measure.py vllm llama-2-7b --out peer.json
+
+Random weights, prompts of random token ids, end-of-sequence ignored, no detokenizing, no prefix cache. Each engine
+warms up on part of the work first.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from shapes import SHAPES, random_prompts, request_lengths, write_config
+
+DECODE_GRID = ((1, 128), (1, 2048), (64, 512), (256, 512))
+PREFILL_GRID = ((1, 2048), (4, 2048))
+DECODE_STEPS = 128
+
+Run = Callable[[list[list[int]], list[int], float], float]
+
+
+def evenflow_engine(directory: Path, options: dict[str, Any]) -> tuple[Run, dict[str, Any], Any]:
+    from evenflow import LLM, SamplingParams
+
+    start_s = time.perf_counter()
+    llm = LLM(
+        str(directory), device="cuda", dtype="bfloat16", load_format="dummy", skip_tokenizer_init=True,
+        max_model_len=4096, enable_prefix_caching=False, **options,
+    )  # fmt: skip
+    facts = {"init_s": time.perf_counter() - start_s, "memory": llm.memory_account}
+
+    def run(prompts: list[list[int]], outputs: list[int], temperature: float) -> float:
+        params = [
+            SamplingParams(temperature=temperature, ignore_eos=True, max_tokens=int(n), detokenize=False)
+            for n in outputs
+        ]
+        start_s = time.perf_counter()
+        done = llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - start_s
+        assert sum(len(output.outputs[0].token_ids) for output in done) == sum(outputs)
+        return seconds
+
+    return run, facts, llm
+
+
+def vllm_engine(directory: Path, options: dict[str, Any]) -> tuple[Run, dict[str, Any], Any]:
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    start_s = time.perf_counter()
+    import vllm
+    from vllm import LLM, SamplingParams
+
+    imported_s = time.perf_counter()
+    llm = LLM(
+        model=str(directory), dtype="bfloat16", load_format="dummy", skip_tokenizer_init=True, max_model_len=4096,
+        enable_prefix_caching=False, **options,
+    )  # fmt: skip
+    config = llm.llm_engine.vllm_config
+    facts = {
+        "version": vllm.__version__,
+        "import_s": imported_s - start_s,
+        "init_s": time.perf_counter() - imported_s,
+        "max_num_seqs": config.scheduler_config.max_num_seqs,
+        "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+        "num_gpu_blocks": config.cache_config.num_gpu_blocks,
+    }
+
+    def run(prompts: list[list[int]], outputs: list[int], temperature: float) -> float:
+        params = [
+            SamplingParams(temperature=temperature, ignore_eos=True, max_tokens=int(n), detokenize=False)
+            for n in outputs
+        ]
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        start_s = time.perf_counter()
+        done = llm.generate(inputs, params, use_tqdm=False)
+        seconds = time.perf_counter() - start_s
+        assert sum(len(output.outputs[0].token_ids) for output in done) == sum(outputs)
+        return seconds
+
+    return run, facts, llm
+
+
+ENGINES = {"evenflow": evenflow_engine, "vllm": vllm_engine}
+
+
+def measure(run: Run, vocab_size: int, repeats: int, parts: list[str]) -> dict[str, Any]:
+    """Every number of one engine and one model."""
+    lengths, outputs = request_lengths()
+    prompts = random_prompts(lengths, vocab_size)
+    total = int(lengths.sum() + outputs.sum())
+    found: dict[str, Any] = {"warm_up_s": run(prompts[:64], (outputs[:64] // 8 + 1).tolist(), 1.0)}
+    if "throughput" in parts:
+        run(prompts[:300], outputs[:300].tolist(), 1.0)
+        found["throughput"] = []
+        for _ in range(repeats):
+            seconds = run(prompts, outputs.tolist(), 1.0)
+            found["throughput"].append(
+                {
+                    "s": seconds,
+                    "total_tokens_per_s": total / seconds,
+                    "output_tokens_per_s": int(outputs.sum()) / seconds,
+                }
+            )
+            print("throughput", found["throughput"][-1], flush=True)
+    if "decode" in parts:
+        found["decode"] = [decode(run, vocab_size, *shape) for shape in DECODE_GRID]
+    if "prefill" in parts:
+        found["prefill"] = [prefill(run, vocab_size, *shape) for shape in PREFILL_GRID]
+    return found
+
+
+def decode(run: Run, vocab_size: int, batch: int, context: int) -> dict[str, Any]:
+    """ms a step: the time of 129 tokens less that of one, greedy."""
+    prompts = random_prompts(np.full(batch, context), vocab_size)
+    run(prompts, [9] * batch, 0.0)
+    first = min(run(prompts, [1] * batch, 0.0) for _ in range(2))
+    whole = min(run(prompts, [1 + DECODE_STEPS] * batch, 0.0) for _ in range(2))
+    found = {"batch": batch, "context": context, "ms_per_step": (whole - first) / DECODE_STEPS * 1e3}
+    print("decode", found, flush=True)
+    return found
+
+
+def prefill(run: Run, vocab_size: int, batch: int, context: int) -> dict[str, Any]:
+    """ms to the first token of all of them."""
+    prompts = random_prompts(np.full(batch, context), vocab_size)
+    run(prompts, [1] * batch, 0.0)
+    found = {"tokens": batch * context, "ms": min(run(prompts, [1] * batch, 0.0) for _ in range(3)) * 1e3}
+    print("prefill", found, flush=True)
+    return found
+
+
+def ceilings() -> dict[str, float]:
+    """What this card does at most: copy bandwidth, read and write counted, and the rate of a large bf16 product."""
+    import torch
+
+    def seconds(work: Callable[[], object], count: int) -> float:
+        for _ in range(3):
+            work()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(count):
+            work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / count
+
+    x, y = (torch.empty(2**31, dtype=torch.uint8, device="cuda") for _ in range(2))
+    copy_s = seconds(lambda: y.copy_(x), 20)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product_s = seconds(lambda: a @ b, 10)
+    return {"copy_bytes_per_s": 2 * 2**31 / copy_s, "bf16_flops": 2 * 8192**3 / product_s}
+
+
+def profile(llm: Any, vocab_size: int, batch: int, context: int) -> dict[str, Any]:
+    """One decode batch of ours under the profiler: share of time that the GPU is busy, and where that goes."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    from evenflow import SamplingParams
+
+    prompts = random_prompts(np.full(batch, context), vocab_size)
+    params = SamplingParams(temperature=1.0, ignore_eos=True, max_tokens=60, detokenize=False)
+    llm.generate(prompts, params, use_tqdm=False)
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        llm.generate(prompts, params, use_tqdm=False)
+    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((e.time_range.start, e.time_range.end) for e in events)
+    middle = spans[len(spans) // 4 : 3 * len(spans) // 4]  # steady state: no prefill, no tail
+    busy, end = 0.0, middle[0][0]
+    for first, last in middle:
+        busy += max(0.0, last - max(first, end))
+        end = max(end, last)
+    by_name: dict[str, float] = {}
+    for event in events:
+        by_name[event.name[:70]] = by_name.get(event.name[:70], 0.0) + event.time_range.elapsed_us()
+    total = sum(by_name.values())
+    top = sorted(by_name.items(), key=lambda item: -item[1])[:14]
+    return {
+        "batch": batch,
+        "context": context,
+        "gpu_busy": busy / (middle[-1][1] - middle[0][0]),
+        "share_of_gpu_time": {name: round(us / total, 4) for name, us in top},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", choices=list(ENGINES))
+    parser.add_argument("model", choices=list(SHAPES))
+    parser.add_argument("--parts", nargs="+", default=["throughput", "decode", "prefill"])
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--options", type=json.loads, default={}, help="JSON object of engine options")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    result: dict[str, Any] = {"engine": args.engine, "model": args.model, "options": args.options}
+    if args.engine == "evenflow":
+        import torch
+
+        result["ceilings"] = ceilings()
+        torch.cuda.empty_cache()
+        result["versions"] = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name()}
+        print(result["ceilings"], result["versions"], flush=True)
+    directory = write_config(args.model, Path("/tmp/evenflow-shapes"))
+    run, result["start"], llm = ENGINES[args.engine](directory, args.options)
+    print(result["start"], flush=True)
+    vocab_size = SHAPES[args.model]["vocab_size"]
+    result |= measure(run, vocab_size, args.repeats, args.parts)
+    if "profile" in args.parts and args.engine == "evenflow":
+        result["profiles"] = [profile(llm, vocab_size, *shape) for shape in ((1, 512), (256, 512))]
+        print(json.dumps(result["profiles"], indent=1), flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The matrix products of a layer, as cuBLASLt or hipBLASLt do them: time, and the fraction of the limit.
+
+    python benchmarks/h200/products.py [--models llama-2-7b llama-3.1-8b] [--out products.json]
+
+Weights take turns, so that none is found in the cache of the GPU; launches are replayed as a graph.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from measure import ceilings
+from shapes import SHAPES
+
+ROWS = (1, 4, 16, 32, 64, 128, 192, 256, 512, 1024, 2048, 8192)
+
+
+def products(model: str) -> dict[str, tuple[int, int]]:
+    """(out, in) of each product of a layer, and the head."""
+    shape = SHAPES[model]
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    head_dim = hidden // shape["num_attention_heads"]
+    qkv = hidden + 2 * shape["num_key_value_heads"] * head_dim
+    return {
+        "qkv": (qkv, hidden),
+        "o": (hidden, hidden),
+        "gate_up": (2 * inner, hidden),
+        "down": (hidden, inner),
+        "head": (shape["vocab_size"], hidden),
+    }
+
+
+def seconds(rows: int, out_features: int, in_features: int) -> float:
+    count = max(2, 400_000_000 // (2 * out_features * in_features))
+    weights = [torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(count)]
+    x = torch.randn(rows, in_features, device="cuda", dtype=torch.bfloat16)
+    for weight in weights:
+        F.linear(x, weight)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for weight in weights:
+            F.linear(x, weight)
+    graph.replay()
+    repeats = 10
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(repeats):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats / count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["llama-2-7b", "llama-3.1-8b"], choices=list(SHAPES))
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    peak = ceilings()
+    results = []
+    for model in args.models:
+        for name, (out_features, in_features) in products(model).items():
+            cells = []
+            for rows in ROWS:
+                if name == "head" and rows > 1024:
+                    continue
+                s = seconds(rows, out_features, in_features)
+                moved = 2 * (out_features * in_features + rows * (out_features + in_features))
+                flops = 2 * rows * out_features * in_features
+                limit = max(moved / peak["copy_bytes_per_s"], flops / peak["bf16_flops"])
+                results.append({"model": model, "product": name, "rows": rows, "us": s * 1e6, "of_limit": limit / s})
+                cells.append(f"{rows}:{s * 1e6:.0f}us({limit / s:.2f})")
+            print(model, name, *cells, flush=True)
+    if args.out:
+        args.out.write_text(json.dumps({"ceilings": peak, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

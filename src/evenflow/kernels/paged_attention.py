@@ -1,0 +1,632 @@
+"""Causal attention of a ragged batch to its paged keys and values, on a GPU: decode rows, prompts, and both mixed.
+
+    out[t, h] = sum_j softmax_j(cap(scale * q[t, h] . k[j, h // G])) v[j, h // G],   p - window < j <= p = position(t)
+
+where cap(x) = soft_cap * tanh(x / soft_cap), if there is a cap. Shapes: R rows (sequences), T query tokens, H query
+heads, Hkv key heads, G = H / Hkv, D head size, S tokens per block. A layer's cache is [num_blocks, 2, Hkv, S, D]; it
+may be of 8-bit floats, which are converted to the queries' type as they are read.
+
+Softmax is the online one (Milakov and Gimelshein 2018; Dao et al., FlashAttention, 2022), in float32 and base 2. The
+queries of the G heads that share a key head are the rows of one tile, so keys are read once.
+
+Rows of one query (decode) are cut into pieces of like length (Flash-Decoding, 2023): `plan_attention` writes the list
+of pieces once a step, on the device, since only the device knows the lengths when a graph is replayed. A row of one
+piece is written at once; several leave float32 sums that `_merge_pieces_kernel` adds up. Rows of more queries are cut
+by query: a program finds its row by binary search. Grids depend on upper bounds only; surplus programs return.
+
+Owns the kernels for devices. `attention` is the CPU's own; the reference here is the plain definition, row by row.
+"""
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evenflow.kernels.language import cdiv, current_arch, jit, next_power_of_2, tl
+from evenflow.kernels.tuning import Tile, decode_tile, prefill_tile, split_of
+
+DEFAULT_MULTIPROCESSORS = 108
+ITEM_FIELDS = 8  # 32 bytes, so that a program reads its item by one access: token, slot, first, last, seq_len, partial
+SPLIT_FIELDS = 4  # token, first partial, number of partials
+LOG2_E = math.log2(math.e)
+MERGED_PIECES = 16  # partial sums that are read at a time
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """The pieces that a step's decode rows are cut into. Memory is allocated once; plan_attention fills it.
+
+    items: [max_items, 8] int32, a piece each: query token, row of the block tables, first key, end of keys, keys of
+    the row, index of its partial sums (-1: it is its row's only piece). splits: [max_splits, 4] int32, a row of
+    several pieces each: query token, first partial, number of partials. counts: [2] int32, items and splits in use.
+    partials: [max_partials, H, D] float32, and stats: [max_partials, H, 2] float32, maximum and sum of the weights.
+    target_items: pieces aimed at. granule: keys that a piece's length is a multiple of.
+    """
+
+    items: Tensor
+    splits: Tensor
+    counts: Tensor
+    partials: Tensor
+    stats: Tensor
+    target_items: int
+    granule: int
+
+
+@dataclass(slots=True)
+class DeviceRows:
+    """Rows of one step, all on the device, int32 where not said otherwise, padded to R rows and T tokens.
+
+    query_starts: [R + 1] first query token of each row, and the end. seq_lens: [R] keys of each row, this step's
+    included. slots: [R] row of block_tables. block_tables: [max_num_seqs, max_blocks]. store_index: [T] int64, block *
+    S + offset of each token, -1 for padding. positions: [T] int64. max_query_len: upper bound that the host knows; 1:
+    decode rows only. Padding rows have no query and no key; what padding tokens attend to is not defined.
+    """
+
+    query_starts: Tensor
+    seq_lens: Tensor
+    slots: Tensor
+    block_tables: Tensor
+    store_index: Tensor
+    positions: Tensor
+    max_query_len: int
+    plan: AttentionPlan
+
+
+def make_plan(
+    max_rows: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    device: torch.device | str,
+    *,
+    arch: str | None = None,
+    target_items: int | None = None,
+    granule: int | None = None,
+) -> AttentionPlan:
+    """Allocate the work list of steps of at most max_rows rows. target_items and granule: for tests and tuning.
+
+    A device of P multiprocessors gets about num_resident * waves * P / Hkv pieces (tuning.SPLITS), each run by Hkv
+    programs. There are never more than target_items pieces on top of one a row, nor more than twice target_items that
+    belong to rows of several pieces.
+    """
+    split = split_of(arch or current_arch())
+    if target_items is None:
+        programs = split.num_resident * split.waves * _num_multiprocessors(torch.device(device))
+        target_items = max(programs // num_kv_heads, 1)
+    max_items = max_rows + target_items
+    max_partials = min(max_items, 2 * target_items)
+    return AttentionPlan(
+        items=torch.zeros(max_items, ITEM_FIELDS, dtype=torch.int32, device=device),
+        splits=torch.zeros(min(max_rows, target_items), SPLIT_FIELDS, dtype=torch.int32, device=device),
+        counts=torch.zeros(2, dtype=torch.int32, device=device),
+        partials=torch.empty(max_partials, num_heads, head_dim, dtype=torch.float32, device=device),
+        stats=torch.empty(max_partials, num_heads, 2, dtype=torch.float32, device=device),
+        target_items=target_items,
+        granule=granule or split.granule,
+    )
+
+
+def _num_multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return DEFAULT_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def plan_attention(rows: DeviceRows) -> None:
+    """Fill rows.plan for these rows; once a step, before the first layer."""
+    if rows.query_starts.is_cuda:
+        launch_plan_attention(rows)
+
+
+def paged_attention(
+    q: Tensor,
+    kv_cache: Tensor,
+    rows: DeviceRows,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """Attend to the cache, which holds this step's keys and values already. q: [T, H, D]; returns [T, H, D].
+
+    q's tokens may be strided, its heads are not. window: attend to that many last tokens only. k_scale, v_scale: what
+    the cache's keys and values are to be multiplied by, float32, of one element or [Hkv].
+    """
+    if q.is_cuda:
+        return launch_paged_attention(q, kv_cache, rows, scale, window, soft_cap, k_scale, v_scale)
+    num_kv_heads, block_size = kv_cache.shape[2:4]
+    out = torch.zeros_like(q)
+    starts = rows.query_starts.tolist()
+    for row, (start, end) in enumerate(pairwise(starts)):
+        if start == end:
+            continue
+        num_keys = int(rows.seq_lens[row])
+        table = rows.block_tables[int(rows.slots[row]), : cdiv(num_keys, block_size)]
+        pages = kv_cache[table.long()].to(torch.float32).permute(1, 2, 0, 3, 4)  # [2, Hkv, blocks, S, D]
+        keys, values = pages.reshape(2, num_kv_heads, -1, q.shape[2])[:, :, :num_keys]
+        if k_scale is not None:
+            keys = keys * k_scale.view(-1, 1, 1)
+        if v_scale is not None:
+            values = values * v_scale.view(-1, 1, 1)
+        out[start:end] = _attend_row(q[start:end], keys, values, scale, window, soft_cap)
+    return out
+
+
+def _attend_row(
+    q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None, soft_cap: float | None
+) -> Tensor:
+    """The last queries of one sequence. q: [Q, H, D]; keys, values: [Hkv, L, D] in float32; returns [Q, H, D]."""
+    num_queries, num_heads, head_dim = q.shape
+    num_kv_heads, num_keys, _ = keys.shape
+    grouped = q.float().view(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    scores = torch.einsum("qhgd,hld->qhgl", grouped, keys) * scale
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    key = torch.arange(num_keys, device=q.device)
+    query = torch.arange(num_keys - num_queries, num_keys, device=q.device)[:, None]
+    hidden = key > query
+    if window is not None:
+        hidden |= key <= query - window
+    weights = scores.masked_fill(hidden[:, None, None], float("-inf")).softmax(-1)
+    return torch.einsum("qhgl,hld->qhgd", weights, values).reshape(q.shape).to(q.dtype)
+
+
+@jit(do_not_specialize=("num_rows",))
+def _plan_kernel(
+    query_starts_ptr, seq_lens_ptr, slots_ptr, items_ptr, splits_ptr, counts_ptr, num_rows, target_items,
+    GRANULE: tl.constexpr, ITEM_FIELDS: tl.constexpr, SPLIT_FIELDS: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One program: every row is an element. Pieces are chunk keys long at most, so that the grid bounds hold."""
+    row = tl.arange(0, BLOCK_R)
+    is_row = row < num_rows
+    token = tl.load(query_starts_ptr + row, mask=is_row, other=0)
+    is_decode = is_row & (tl.load(query_starts_ptr + row + 1, mask=is_row, other=0) - token == 1)
+    length = tl.load(seq_lens_ptr + row, mask=is_decode, other=0)
+    slot = tl.load(slots_ptr + row, mask=is_decode, other=0)
+    chunk = tl.maximum(tl.cdiv(tl.cdiv(tl.sum(length, axis=0), target_items), GRANULE), 1) * GRANULE
+    pieces = tl.cdiv(length, chunk)
+    # Equal pieces rather than whole chunks and a rest. The last one is never empty: (pieces - 1) * chunk < length.
+    piece_len = tl.cdiv(tl.cdiv(length, tl.maximum(pieces, 1)), GRANULE) * GRANULE
+    is_split = pieces > 1
+    first_item = tl.cumsum(pieces, axis=0) - pieces
+    partials = tl.where(is_split, pieces, 0)
+    first_partial = tl.cumsum(partials, axis=0) - partials
+    split = tl.cumsum(is_split.to(tl.int32), axis=0) - is_split.to(tl.int32)
+    tl.store(counts_ptr, tl.sum(pieces, axis=0))
+    tl.store(counts_ptr + 1, tl.sum(is_split.to(tl.int32), axis=0))
+    split_ptrs = splits_ptr + split * SPLIT_FIELDS
+    tl.store(split_ptrs, token, mask=is_split)
+    tl.store(split_ptrs + 1, first_partial, mask=is_split)
+    tl.store(split_ptrs + 2, pieces, mask=is_split)
+    for piece in range(tl.max(pieces, axis=0)):
+        exists = piece < pieces
+        item_ptrs = items_ptr + (first_item + piece) * ITEM_FIELDS
+        tl.store(item_ptrs, token, mask=exists)
+        tl.store(item_ptrs + 1, slot, mask=exists)
+        tl.store(item_ptrs + 2, piece * piece_len, mask=exists)
+        tl.store(item_ptrs + 3, tl.minimum((piece + 1) * piece_len, length), mask=exists)
+        tl.store(item_ptrs + 4, length, mask=exists)
+        tl.store(item_ptrs + 5, tl.where(is_split, first_partial + piece, -1), mask=exists)
+
+
+@jit
+def _load_pages(
+    cache_ptr, table_ptr, positions, H_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, S: tl.constexpr
+):
+    """Keys as [BLOCK_D, n] and values as [n, BLOCK_D], 0 beyond D, of n valid positions of a sequence.
+
+    cache_ptr: the key head's keys in block 0. Offsets are in 64 bits: a cache is larger than 2 GiB.
+    """
+    dims = tl.arange(0, BLOCK_D)
+    block = tl.load(table_ptr + positions // S).to(tl.int64)
+    offsets = block * (2 * H_KV * S * D) + (positions % S) * D
+    k_ptrs = cache_ptr + offsets[None, :] + dims[:, None]
+    v_ptrs = cache_ptr + H_KV * S * D + offsets[:, None] + dims[None, :]
+    if D == BLOCK_D:
+        k = tl.load(k_ptrs)
+        v = tl.load(v_ptrs)
+    else:
+        k = tl.load(k_ptrs, mask=dims[:, None] < D, other=0.0)
+        v = tl.load(v_ptrs, mask=dims[None, :] < D, other=0.0)
+    return k, v
+
+
+@jit
+def _scores(q, k, scale_log2, SOFT_CAP: tl.constexpr):
+    """Logarithms of the weights, in base 2."""
+    scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale_log2
+    if SOFT_CAP > 0:
+        tanh = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 / SOFT_CAP)))
+        scores = tanh * (SOFT_CAP * 1.4426950408889634)
+    return scores
+
+
+@jit
+def _accumulate(scores, v, best, total, acc, DTYPE: tl.constexpr):
+    """A step of online softmax. A hidden score is -inf; `best` starts at -1e30, so that all hidden is no NaN."""
+    new_best = tl.maximum(best, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - new_best[:, None])
+    rescale = tl.exp2(best - new_best)
+    total = total * rescale + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(DTYPE), v.to(DTYPE), acc * rescale[:, None], input_precision="ieee")
+    return new_best, total, acc
+
+
+@jit
+def _decode_attention_kernel(
+    q_ptr, kv_cache_ptr, out_ptr, block_tables_ptr, items_ptr, counts_ptr, partials_ptr, stats_ptr, k_scale_ptr,
+    v_scale_ptr, scale_log2, q_stride, table_stride,
+    H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr, SCALE_STRIDE: tl.constexpr, ITEM_FIELDS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (item, key head): the group's G queries of one token over the keys [first, last) of its sequence."""
+    kv_head = tl.program_id(1)
+    if tl.program_id(0) >= tl.load(counts_ptr):
+        return
+    item_ptr = items_ptr + tl.program_id(0) * ITEM_FIELDS
+    token = tl.load(item_ptr).to(tl.int64)
+    slot = tl.load(item_ptr + 1).to(tl.int64)
+    first = tl.load(item_ptr + 2)
+    last = tl.load(item_ptr + 3)
+    seq_len = tl.load(item_ptr + 4)
+    partial = tl.load(item_ptr + 5)
+    group = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    is_real = (group < G)[:, None] & (dims < D)[None, :]
+    heads = kv_head * G + group
+    q = tl.load(q_ptr + token * q_stride + heads[:, None] * D + dims[None, :], mask=is_real, other=0.0)
+    if k_scale_ptr is not None:
+        scale_log2 *= tl.load(k_scale_ptr + kv_head * SCALE_STRIDE)
+    cache_ptr = kv_cache_ptr + kv_head.to(tl.int64) * (S * D)
+    table_ptr = block_tables_ptr + slot * table_stride
+    if WINDOW > 0:
+        first = tl.maximum(first, seq_len - WINDOW)
+    best = tl.full([BLOCK_M], -1e30, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(first, last, BLOCK_N):
+        positions = start + tl.arange(0, BLOCK_N)
+        k, v = _load_pages(cache_ptr, table_ptr, tl.minimum(positions, last - 1), H_KV, D, BLOCK_D, S)
+        scores = _scores(q, k, scale_log2, SOFT_CAP)
+        scores = tl.where(positions[None, :] < last, scores, float("-inf"))
+        best, total, acc = _accumulate(scores, v, best, total, acc, q.dtype)
+    if partial < 0:
+        factor = 1.0 / total
+        if v_scale_ptr is not None:
+            factor *= tl.load(v_scale_ptr + kv_head * SCALE_STRIDE)
+        out = (acc * factor[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + token * (H_KV * G * D) + heads[:, None] * D + dims[None, :], out, mask=is_real)
+    else:
+        index = partial * (H_KV * G) + heads
+        tl.store(partials_ptr + index[:, None] * D + dims[None, :], acc, mask=is_real)
+        tl.store(stats_ptr + index * 2, best, mask=group < G)
+        tl.store(stats_ptr + index * 2 + 1, total, mask=group < G)
+
+
+@jit
+def _merge_pieces_kernel(
+    partials_ptr, stats_ptr, splits_ptr, counts_ptr, v_scale_ptr, out_ptr,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE_STRIDE: tl.constexpr, SPLIT_FIELDS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program (split row, query head). A piece outside the window has total 0 and sums of 0."""
+    head = tl.program_id(1)
+    if tl.program_id(0) >= tl.load(counts_ptr + 1):
+        return
+    split_ptr = splits_ptr + tl.program_id(0) * SPLIT_FIELDS
+    token = tl.load(split_ptr).to(tl.int64)
+    first = tl.load(split_ptr + 1)
+    number = tl.load(split_ptr + 2)
+    dims = tl.arange(0, BLOCK_D)
+    best = -1e30
+    total = 0.0
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, number, BLOCK_P):
+        piece = start + tl.arange(0, BLOCK_P)
+        exists = piece < number
+        index = (first + piece) * H + head
+        piece_best = tl.load(stats_ptr + index * 2, mask=exists, other=-1e30)
+        piece_total = tl.load(stats_ptr + index * 2 + 1, mask=exists, other=0.0)
+        mask = exists[:, None] & (dims < D)[None, :]
+        sums = tl.load(partials_ptr + index[:, None] * D + dims[None, :], mask=mask, other=0.0)
+        new_best = tl.maximum(best, tl.max(piece_best, axis=0))
+        weights = tl.exp2(piece_best - new_best)
+        rescale = tl.exp2(best - new_best)
+        total = total * rescale + tl.sum(piece_total * weights, axis=0)
+        acc = acc * rescale + tl.sum(sums * weights[:, None], axis=0)
+        best = new_best
+    factor = 1.0 / total
+    if v_scale_ptr is not None:
+        factor *= tl.load(v_scale_ptr + head // G * SCALE_STRIDE)
+    out = (acc * factor).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * (H * D) + head * D + dims, out, mask=dims < D)
+
+
+@jit(do_not_specialize=("num_rows",))
+def _prefill_attention_kernel(
+    q_ptr, kv_cache_ptr, out_ptr, query_starts_ptr, seq_lens_ptr, slots_ptr, block_tables_ptr, k_scale_ptr,
+    v_scale_ptr, scale_log2, num_rows, q_stride, table_stride,
+    H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr, SCALE_STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (block of queries, key head): BLOCK_M // G queries of one row, times the G heads of the group."""
+    BLOCK_Q: tl.constexpr = BLOCK_M // G
+    kv_head = tl.program_id(1)
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # a prompt's last blocks see most keys: begin with them
+    # Row r owns the blocks from query_starts[r] // BLOCK_Q + r on: at least as many as its queries need.
+    low = 0
+    high = num_rows
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(query_starts_ptr + middle) // BLOCK_Q + middle <= block:
+            low = middle + 1
+        else:
+            high = middle
+    row = low - 1
+    row_start = tl.load(query_starts_ptr + row)
+    query_len = tl.load(query_starts_ptr + row + 1) - row_start
+    first_query = (block - (row_start // BLOCK_Q + row)) * BLOCK_Q
+    if (query_len <= 1) | (first_query >= query_len):
+        return
+    seq_len = tl.load(seq_lens_ptr + row)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    pairs = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    query = first_query + pairs // G
+    is_pair = (pairs < BLOCK_Q * G) & (query < query_len)
+    is_real = is_pair[:, None] & (dims < D)[None, :]
+    token = (row_start + query).to(tl.int64)
+    columns = (kv_head * G + pairs % G)[:, None] * D + dims[None, :]
+    q = tl.load(q_ptr + (token * q_stride)[:, None] + columns, mask=is_real, other=0.0)
+    if k_scale_ptr is not None:
+        scale_log2 *= tl.load(k_scale_ptr + kv_head * SCALE_STRIDE)
+    cache_ptr = kv_cache_ptr + kv_head.to(tl.int64) * (S * D)
+    table_ptr = block_tables_ptr + slot * table_stride
+    position = seq_len - query_len + query
+    first_position = seq_len - query_len + first_query
+    end = tl.minimum(first_position + BLOCK_Q, seq_len)
+    best = tl.full([BLOCK_M], -1e30, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if WINDOW > 0:
+        masked_start = tl.maximum(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+    else:
+        masked_start = (first_position + 1) // BLOCK_N * BLOCK_N
+        for start in range(0, masked_start, BLOCK_N):  # keys that every query of the block sees
+            k, v = _load_pages(cache_ptr, table_ptr, start + tl.arange(0, BLOCK_N), H_KV, D, BLOCK_D, S)
+            scores = _scores(q, k, scale_log2, SOFT_CAP)
+            best, total, acc = _accumulate(scores, v, best, total, acc, q.dtype)
+    for start in range(masked_start, end, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        k, v = _load_pages(cache_ptr, table_ptr, tl.minimum(key, end - 1), H_KV, D, BLOCK_D, S)
+        scores = _scores(q, k, scale_log2, SOFT_CAP)
+        visible = key[None, :] <= position[:, None]
+        if WINDOW > 0:
+            visible &= key[None, :] > position[:, None] - WINDOW
+        scores = tl.where(visible, scores, float("-inf"))
+        best, total, acc = _accumulate(scores, v, best, total, acc, q.dtype)
+    factor = 1.0 / tl.where(total > 0, total, 1.0)
+    if v_scale_ptr is not None:
+        factor *= tl.load(v_scale_ptr + kv_head * SCALE_STRIDE)
+    out = (acc * factor[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (token * (H_KV * G * D))[:, None] + columns, out, mask=is_real)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What of a layer and its cache decides how the kernels are compiled. query_bytes, cache_bytes: of an element.
+
+    window: 0 for none. soft_cap: 0.0 for none. scale_stride: 1 if the cache's scales are one a key head, else 0.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int = 16
+    query_bytes: int = 2
+    cache_bytes: int = 2
+    window: int = 0
+    soft_cap: float = 0.0
+    scale_stride: int = 0
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def block_d(self) -> int:
+        return max(next_power_of_2(self.head_dim), 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How a kernel is compiled: its constants and triton's options."""
+
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of the launch."""
+        return {**self.constexprs, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def plan_launch(num_rows: int, granule: int) -> Launch:
+    """How _plan_kernel is compiled for steps of num_rows rows."""
+    block = max(next_power_of_2(num_rows), 32)
+    constexprs = {"GRANULE": granule, "ITEM_FIELDS": ITEM_FIELDS, "SPLIT_FIELDS": SPLIT_FIELDS, "BLOCK_R": block}
+    return Launch(constexprs, num_warps=min(max(block // 128, 1), 8), num_stages=1)
+
+
+def decode_launch(shape: AttentionShape, arch: str, tile: Tile | None = None) -> Launch:
+    """How _decode_attention_kernel is compiled. tile: instead of the architecture's, of which block_m is not used."""
+    tile = tile or decode_tile(arch, shape.block_d, shape.query_bytes, shape.cache_bytes)
+    constexprs = _layer_constexprs(shape) | {"ITEM_FIELDS": ITEM_FIELDS}
+    blocks = {
+        "BLOCK_M": max(next_power_of_2(shape.group), 16),
+        "BLOCK_D": shape.block_d,
+        "BLOCK_N": tile.block_n,
+    }
+    return Launch(constexprs | blocks, tile.num_warps, tile.num_stages)
+
+
+def merge_launch(shape: AttentionShape) -> Launch:
+    """How _merge_pieces_kernel is compiled, on every architecture."""
+    constexprs = {
+        "H": shape.num_heads,
+        "G": shape.group,
+        "D": shape.head_dim,
+        "SCALE_STRIDE": shape.scale_stride,
+        "SPLIT_FIELDS": SPLIT_FIELDS,
+        "BLOCK_P": MERGED_PIECES,
+        "BLOCK_D": shape.block_d,
+    }
+    return Launch(constexprs, num_warps=4, num_stages=1)
+
+
+def prefill_launch(shape: AttentionShape, arch: str, tile: Tile | None = None) -> Launch:
+    """How _prefill_attention_kernel is compiled. tile: instead of the architecture's."""
+    tile = tile or prefill_tile(arch, shape.block_d, shape.query_bytes)
+    blocks = {
+        "BLOCK_M": max(tile.block_m, next_power_of_2(shape.group)),
+        "BLOCK_D": shape.block_d,
+        "BLOCK_N": tile.block_n,
+    }
+    return Launch(_layer_constexprs(shape) | blocks, tile.num_warps, tile.num_stages)
+
+
+def _layer_constexprs(shape: AttentionShape) -> dict[str, Any]:
+    return {
+        "H_KV": shape.num_kv_heads,
+        "G": shape.group,
+        "D": shape.head_dim,
+        "S": shape.block_size,
+        "WINDOW": shape.window,
+        "SOFT_CAP": shape.soft_cap,
+        "SCALE_STRIDE": shape.scale_stride,
+    }
+
+
+def launch_plan_attention(rows: DeviceRows) -> None:
+    """The kernel of plan_attention."""
+    plan, num_rows = rows.plan, rows.seq_lens.shape[0]
+    assert num_rows + plan.target_items <= plan.items.shape[0], "the plan was made for fewer rows"
+    _plan_kernel[(1,)](
+        rows.query_starts, rows.seq_lens, rows.slots, plan.items, plan.splits, plan.counts, num_rows,
+        plan.target_items, **plan_launch(num_rows, plan.granule).arguments,
+    )  # fmt: skip
+
+
+def launch_paged_attention(
+    q: Tensor,
+    kv_cache: Tensor,
+    rows: DeviceRows,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    *,
+    arch: str | None = None,
+    decode: Tile | None = None,
+    prefill: Tile | None = None,
+) -> Tensor:
+    """The kernels of paged_attention; rows.plan was filled by launch_plan_attention. decode, prefill: tiles to try."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if q.shape[0] == 0:
+        return out
+    arch = current_arch() if arch is None else arch
+    options = (window, soft_cap, k_scale, v_scale)
+    launch_decode_attention(q, kv_cache, rows, out, scale, *options, arch=arch, tile=decode)
+    if rows.max_query_len > 1:
+        launch_prefill_attention(q, kv_cache, rows, out, scale, *options, arch=arch, tile=prefill)
+    return out
+
+
+def launch_decode_attention(
+    q: Tensor,
+    kv_cache: Tensor,
+    rows: DeviceRows,
+    out: Tensor,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    *,
+    arch: str,
+    tile: Tile | None = None,
+) -> None:
+    """Write out, [T, H, D], for the rows of one query."""
+    shape, plan = _shape_of(q, kv_cache, window, soft_cap, k_scale, v_scale), rows.plan
+    assert plan.partials.shape[1:] == q.shape[1:], "the plan was made for other heads"
+    num_items = rows.seq_lens.shape[0] + plan.target_items
+    _decode_attention_kernel[(num_items, shape.num_kv_heads)](
+        q, kv_cache, out, rows.block_tables, plan.items, plan.counts, plan.partials, plan.stats, k_scale, v_scale,
+        scale * LOG2_E, q.stride(0), rows.block_tables.stride(0), **decode_launch(shape, arch, tile).arguments,
+    )  # fmt: skip
+    num_splits = min(rows.seq_lens.shape[0], plan.target_items)
+    _merge_pieces_kernel[(num_splits, shape.num_heads)](
+        plan.partials, plan.stats, plan.splits, plan.counts, v_scale, out, **merge_launch(shape).arguments
+    )
+
+
+def launch_prefill_attention(
+    q: Tensor,
+    kv_cache: Tensor,
+    rows: DeviceRows,
+    out: Tensor,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    *,
+    arch: str,
+    tile: Tile | None = None,
+) -> None:
+    """Write out, [T, H, D], for the rows of several queries."""
+    shape = _shape_of(q, kv_cache, window, soft_cap, k_scale, v_scale)
+    launch, num_rows = prefill_launch(shape, arch, tile), rows.seq_lens.shape[0]
+    num_blocks = q.shape[0] // (launch.constexprs["BLOCK_M"] // shape.group) + num_rows
+    _prefill_attention_kernel[(num_blocks, shape.num_kv_heads)](
+        q, kv_cache, out, rows.query_starts, rows.seq_lens, rows.slots, rows.block_tables, k_scale, v_scale,
+        scale * LOG2_E, num_rows, q.stride(0), rows.block_tables.stride(0), **launch.arguments,
+    )  # fmt: skip
+
+
+def _shape_of(
+    q: Tensor,
+    kv_cache: Tensor,
+    window: int | None,
+    soft_cap: float | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> AttentionShape:
+    _, num_heads, head_dim = q.shape
+    _, two, num_kv_heads, block_size, cache_dim = kv_cache.shape
+    assert (two, cache_dim) == (2, head_dim)
+    assert num_heads % num_kv_heads == 0
+    assert q.stride()[1:] == (head_dim, 1)
+    assert kv_cache.is_contiguous()
+    num_scales = {scale.numel() for scale in (k_scale, v_scale) if scale is not None}
+    assert num_scales in (set(), {1}, {num_kv_heads}), "scales of keys and values have one element each, or Hkv"
+    return AttentionShape(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        query_bytes=q.element_size(),
+        cache_bytes=kv_cache.element_size(),
+        window=window or 0,
+        soft_cap=soft_cap or 0.0,
+        scale_stride=int(num_scales == {num_kv_heads} and num_kv_heads > 1),
+    )

@@ -1,0 +1,102 @@
+"""Tiles by architecture, as plain data, and the functions that read them.
+
+Owns numbers only: a kernel is right with every tile that fits, and fast with these. The longest prefix of the
+architecture's name wins, "" is everything else; within it the row is chosen by the padded head size.
+"""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """block_n: keys a step. block_m: (query, head) pairs a program, of prefill; decode takes one group of heads."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    block_m: int = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How decode rows are cut. waves: programs that the longest row's share is measured against, in programs that a
+    multiprocessor runs at once (num_resident). granule: keys that a piece is rounded up to."""
+
+    num_resident: int
+    waves: int
+    granule: int
+
+
+# {architecture: {padded head size: tile}}. Registers are what limits them: none of these spills, but for heads of 256
+# in prefill on gfx11, where a wave's queries and sums alone fill its registers.
+DECODE_TILES: dict[str, dict[int, Tile]] = {
+    "gfx": {64: Tile(32, 1, 1), 128: Tile(16, 1, 1), 256: Tile(16, 2, 1)},
+    "gfx11": {64: Tile(32, 2, 1), 128: Tile(32, 4, 1), 256: Tile(16, 4, 1)},
+    "gfx12": {64: Tile(32, 2, 1), 128: Tile(32, 4, 1), 256: Tile(16, 4, 1)},
+    "sm_80": {64: Tile(64, 4, 3), 128: Tile(32, 4, 3), 256: Tile(32, 4, 2)},
+    "sm_90": {64: Tile(64, 4, 3), 128: Tile(64, 4, 3), 256: Tile(32, 4, 3)},
+    "sm_100": {64: Tile(64, 4, 3), 128: Tile(64, 4, 3), 256: Tile(32, 4, 3)},
+    "": {64: Tile(32, 4, 2), 128: Tile(32, 4, 2), 256: Tile(16, 4, 2)},
+}
+# With a cache of 8 bits. Copies to shared memory that run ahead would be 8 bytes a lane here; loads are 16.
+DECODE_TILES_8_BIT: dict[str, dict[int, Tile]] = {
+    **DECODE_TILES,
+    "sm_90": {64: Tile(64, 4, 1), 128: Tile(64, 4, 1), 256: Tile(32, 4, 1)},
+    "sm_100": {64: Tile(64, 4, 1), 128: Tile(64, 4, 1), 256: Tile(32, 4, 1)},
+}
+PREFILL_TILES: dict[str, dict[int, Tile]] = {
+    "gfx": {64: Tile(32, 4, 1, 128), 128: Tile(32, 4, 1, 128), 256: Tile(32, 8, 1, 128)},
+    "gfx11": {64: Tile(32, 4, 1, 64), 128: Tile(32, 8, 1, 64), 256: Tile(16, 8, 1, 32)},
+    "gfx12": {64: Tile(32, 4, 1, 64), 128: Tile(32, 4, 1, 64), 256: Tile(16, 8, 1, 64)},
+    "sm_80": {64: Tile(64, 8, 3, 128), 128: Tile(64, 8, 2, 128), 256: Tile(32, 8, 2, 64)},
+    "sm_90": {64: Tile(128, 8, 3, 128), 128: Tile(64, 8, 3, 128), 256: Tile(32, 8, 2, 128)},
+    "sm_100": {64: Tile(128, 8, 3, 128), 128: Tile(64, 8, 3, 128), 256: Tile(32, 8, 2, 128)},
+    "": {64: Tile(32, 4, 2, 64), 128: Tile(32, 8, 2, 64), 256: Tile(32, 8, 1, 64)},
+}
+# Of 32-bit queries, in both kernels and for every head size: few have matrix units for exact float32.
+FLOAT32_TILES: dict[str, Tile] = {
+    "gfx": Tile(16, 4, 1, 32),
+    "gfx11": Tile(16, 8, 1, 16),
+    "gfx12": Tile(16, 8, 1, 16),
+    "": Tile(16, 8, 2, 32),
+}
+SPLITS: dict[str, Split] = {
+    "gfx": Split(num_resident=8, waves=2, granule=64),
+    "": Split(num_resident=4, waves=4, granule=64),
+}
+
+# Warps of a program that searches a row for its threshold: 512 threads, whether a warp has 32 or 64.
+FILTER_WARPS: dict[str, int] = {"gfx9": 8, "": 16}
+
+
+def decode_tile(arch: str, block_d: int, query_bytes: int, cache_bytes: int) -> Tile:
+    """For heads padded to block_d; query_bytes and cache_bytes are an element's."""
+    if query_bytes > 2:
+        return _by_prefix(FLOAT32_TILES, arch)
+    return _by_size(_by_prefix(DECODE_TILES_8_BIT if cache_bytes == 1 else DECODE_TILES, arch), block_d)
+
+
+def prefill_tile(arch: str, block_d: int, query_bytes: int) -> Tile:
+    """As decode_tile, for rows of several queries."""
+    if query_bytes > 2:
+        return _by_prefix(FLOAT32_TILES, arch)
+    return _by_size(_by_prefix(PREFILL_TILES, arch), block_d)
+
+
+def split_of(arch: str) -> Split:
+    return _by_prefix(SPLITS, arch)
+
+
+def filter_warps(arch: str) -> int:
+    return _by_prefix(FILTER_WARPS, arch)
+
+
+def _by_prefix(table: dict[str, Row], arch: str) -> Row:
+    return table[max((prefix for prefix in table if arch.startswith(prefix)), key=len)]
+
+
+def _by_size(row: dict[int, Tile], block_d: int) -> Tile:
+    return row[min((size for size in row if size >= block_d), default=max(row))]

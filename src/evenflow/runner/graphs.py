@@ -1,0 +1,81 @@
+"""Which steps are replayed as one graph, at which padded size, and the graphs themselves.
+
+A step whose size was never seen runs launch by launch, so that every kernel is compiled; the second of that size is
+recorded. Sizes are few: each costs memory, a moment when it is recorded, and padding is computed like the rest.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable
+
+from torch import Tensor
+
+from evenflow.kernels.language import next_power_of_2
+from evenflow.runner.stream import Graph, Stream
+
+MAX_GRAPH_TOKENS = 2048
+MAX_DECODE_ROWS = 512
+MIN_ROWS = 64  # of a step with prompts in it; more go by powers of two: each row costs a few idle programs
+
+Sizes = tuple[int, int, int]  # tokens, rows, longest query
+Forward = Callable[[int, int, int], Tensor]
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def decode_sizes(max_num_seqs: int) -> list[int]:
+    """Rows of steps in which every row is one token: padding is at most 8 rows, or an eighth."""
+    sizes = [1, 2, 4, *range(8, 129, 8), *range(144, 257, 16), *range(288, MAX_DECODE_ROWS + 1, 32)]
+    largest = min(max_num_seqs, MAX_DECODE_ROWS)
+    return [size for size in sizes if size < largest] + [largest]
+
+
+def mixed_sizes() -> list[int]:
+    """Tokens of the other steps."""
+    return [16, 32, 64, *range(128, 1025, 128), *range(1280, MAX_GRAPH_TOKENS + 1, 256)]
+
+
+class Graphs:
+    """Runs `forward(num_tokens, num_rows, max_query_len)` of a step, recorded where it pays."""
+
+    def __init__(self, stream: Stream, max_num_seqs: int, *, is_enabled: bool) -> None:
+        self._stream, self._max_num_seqs = stream, max_num_seqs
+        self.is_enabled = is_enabled and stream.supports_graphs
+        self._decode_sizes, self._mixed_sizes = decode_sizes(max_num_seqs), mixed_sizes()
+        self._seen: set[Sizes] = set()
+        self._recorded: dict[Sizes, tuple[Graph, Tensor]] = {}
+        self.num_replays = 0
+
+    @property
+    def num_recorded(self) -> int:
+        return len(self._recorded)
+
+    def padded(self, num_tokens: int, num_rows: int, max_query_len: int) -> Sizes | None:
+        """The sizes that a step is computed with, or None where it is too large for a graph."""
+        is_decode = max_query_len == 1
+        sizes = self._decode_sizes if is_decode else self._mixed_sizes
+        index = bisect_left(sizes, num_tokens)
+        if index == len(sizes):
+            return None
+        size = sizes[index]
+        if is_decode:
+            return size, size, 1
+        return size, min(max(next_power_of_2(num_rows), MIN_ROWS), size, self._max_num_seqs), size
+
+    def run(self, num_tokens: int, num_rows: int, max_query_len: int, forward: Forward) -> Tensor:
+        """Hidden states of at least num_tokens tokens; valid until the next step."""
+        sizes = self.padded(num_tokens, num_rows, max_query_len) if self.is_enabled else None
+        if sizes is None:
+            # Multiples of 16, which Triton compiles once.
+            rows = min(round_up(num_rows, 16), self._max_num_seqs)
+            return forward(round_up(num_tokens, 16), rows, max_query_len)
+        if sizes not in self._recorded:
+            if sizes not in self._seen:
+                self._seen.add(sizes)
+                return forward(*sizes)
+            self._recorded[sizes] = self._stream.capture(lambda: forward(*sizes))
+        graph, hidden = self._recorded[sizes]
+        graph.replay()
+        self.num_replays += 1
+        return hidden
