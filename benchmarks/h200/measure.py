@@ -1,6 +1,7 @@
 """The measurements, the same for each engine: a function (prompts, output lengths, temperature) -> seconds.
 
     python benchmarks/h200/measure.py evenflow llama-2-7b --out result.json
+    python benchmarks/h200/measure.py evenflow llama-2-7b --parts startup
     python benchmarks/h200/measure.py vllm llama-2-7b --out peer.json
 
 Random weights, prompts of random token ids, end-of-sequence ignored, no detokenizing, no prefix cache. Each engine
@@ -11,7 +12,8 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from shapes import SHAPES, random_prompts, request_lengths, write_config
 DECODE_GRID = ((1, 128), (1, 2048), (64, 512), (256, 512))
 PREFILL_GRID = ((1, 2048), (4, 2048))
 DECODE_STEPS = 128
+PARTS = ("throughput", "decode", "prefill", "profile", "startup")
 
 Run = Callable[[list[list[int]], list[int], float], float]
 
@@ -159,15 +162,21 @@ def ceilings() -> dict[str, float]:
 
 
 def profile(llm: Any, vocab_size: int, batch: int, context: int) -> dict[str, Any]:
-    """One decode batch of ours under the profiler: share of time that the GPU is busy, and where that goes."""
+    """One decode batch of ours under the profiler: share of time that the GPU is busy, where that goes, and the host's.
+
+    host_ms_per_step: what planning, launching and accounting take of the host, beside the GPU's work.
+    """
     import torch
     from torch.profiler import ProfilerActivity
 
     from evenflow import SamplingParams
+    from evenflow.runner.device_runner import DeviceRunner
+    from evenflow.scheduler import Scheduler
 
     prompts = random_prompts(np.full(batch, context), vocab_size)
     params = SamplingParams(temperature=1.0, ignore_eos=True, max_tokens=60, detokenize=False)
-    llm.generate(prompts, params, use_tqdm=False)
+    for _ in range(2):
+        llm.generate(prompts, params, use_tqdm=False)
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
         llm.generate(prompts, params, use_tqdm=False)
     events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
@@ -182,25 +191,54 @@ def profile(llm: Any, vocab_size: int, batch: int, context: int) -> dict[str, An
         by_name[event.name[:70]] = by_name.get(event.name[:70], 0.0) + event.time_range.elapsed_us()
     total = sum(by_name.values())
     top = sorted(by_name.items(), key=lambda item: -item[1])[:14]
+    host: dict[str, float] = {}
+    with timed(Scheduler, "schedule", host), timed(Scheduler, "update", host), timed(DeviceRunner, "launch", host):
+        num_steps = llm.engine.num_steps
+        llm.generate(prompts, params, use_tqdm=False)
+        num_steps = llm.engine.num_steps - num_steps
     return {
         "batch": batch,
         "context": context,
         "gpu_busy": busy / (middle[-1][1] - middle[0][0]),
+        "host_ms_per_step": {name: round(1e3 * s / num_steps, 4) for name, s in host.items()},
         "share_of_gpu_time": {name: round(us / total, 4) for name, us in top},
     }
+
+
+@contextmanager
+def timed(owner: type, name: str, found: dict[str, float]) -> Iterator[None]:
+    """Add the seconds in calls of a method to found[name]."""
+    method = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        start_s = time.perf_counter()
+        result = method(*args, **kwargs)
+        found[name] = found.get(name, 0.0) + time.perf_counter() - start_s
+        return result
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        setattr(owner, name, method)
+
+
+def seconds_since_process_start() -> float:
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", choices=list(ENGINES))
     parser.add_argument("model", choices=list(SHAPES))
-    parser.add_argument("--parts", nargs="+", default=["throughput", "decode", "prefill"])
+    parser.add_argument("--parts", nargs="+", default=["throughput", "decode", "prefill"], choices=PARTS)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--options", type=json.loads, default={}, help="JSON object of engine options")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     result: dict[str, Any] = {"engine": args.engine, "model": args.model, "options": args.options}
-    if args.engine == "evenflow":
+    if args.engine == "evenflow" and args.parts != ["startup"]:
         import torch
 
         result["ceilings"] = ceilings()
@@ -208,7 +246,11 @@ def main() -> None:
         result["versions"] = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name()}
         print(result["ceilings"], result["versions"], flush=True)
     directory = write_config(args.model, Path("/tmp/evenflow-shapes"))
+    if "tensor_parallel_size" in args.options:
+        result["num_gpus"] = args.options["tensor_parallel_size"]
     run, result["start"], llm = ENGINES[args.engine](directory, args.options)
+    if "ceilings" not in result:
+        result["start"]["ready_s"] = seconds_since_process_start()
     print(result["start"], flush=True)
     vocab_size = SHAPES[args.model]["vocab_size"]
     result |= measure(run, vocab_size, args.repeats, args.parts)

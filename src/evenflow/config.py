@@ -13,6 +13,7 @@ from evenflow.model_config import ModelConfig
 from evenflow.platforms import Platform
 
 DTYPES = ("float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = ("auto", *DTYPES, "fp8")
 LARGE_MEMORY_BYTES = 60 * 10**9  # a GPU that holds the cache of more than 256 requests
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e4m3fnuz": 1}
 
@@ -36,7 +37,9 @@ class EngineConfig:
     max_num_seqs: int | None = option(None, "most requests that run at the same time")
     max_num_batched_tokens: int | None = option(None, "most tokens computed in one step")
     block_size: int | None = option(None, "tokens per block of the KV cache")
-    kv_cache_dtype: str = option("auto", "type of keys and values ('auto': as dtype)", ("auto", *DTYPES))
+    kv_cache_dtype: str = option(
+        "auto", "type of keys and values; 'auto': as dtype, 'fp8': the GPU's own 8 bits", KV_CACHE_DTYPES
+    )
     kv_cache_memory: str | None = option(None, "size of the KV cache, for example 4GiB (default: what is free)")
     gpu_memory_utilization: float = option(0.9, "share of the device's memory that the engine may use")
     enable_prefix_caching: bool = option(True, "share the cache of equal prompt beginnings")
@@ -131,6 +134,8 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Res
     values["device"], reasons["device"] = platform.device, f"found {platform.name}"
     decide("dtype", *_dtype(model, platform))
     decide("kv_cache_dtype", values["dtype"], "as dtype")
+    if config.kv_cache_dtype == "fp8":
+        values["kv_cache_dtype"], reasons["kv_cache_dtype"] = _fp8(platform), f"the 8 bits of {platform.name}"
     reasons["fit_max_model_len"] = (
         "max_model_len was left open" if config.max_model_len is None else "max_model_len was given"
     )
@@ -146,7 +151,7 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Res
     values["enable_graphs"] = config.enable_graphs and on_gpu and platform.supports_graphs
     if not on_gpu:
         reasons["enable_overlap"] = reasons["enable_graphs"] = "of no use on a CPU"
-    decide("max_num_batched_tokens", 8192 if on_gpu else 2048, "keeps a step short and the matrix units busy")
+    decide("max_num_batched_tokens", 2048, "keeps a step short and the matrix units busy")
     if not config.enable_chunked_prefill and values["max_num_batched_tokens"] < values["max_model_len"]:
         if config.max_num_batched_tokens is not None:
             raise ValueError(
@@ -164,6 +169,15 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Res
     values["fit_max_model_len"] = config.max_model_len is None
     settings = Settings(**{name: value for name, value in values.items() if name in names})
     return Resolution(settings, {name: reasons[name] for name in sorted(names)})
+
+
+def _fp8(platform: Platform) -> str:
+    if platform.fp8_dtype is None:
+        raise ValueError(
+            f"kv_cache_dtype='fp8' needs a GPU that converts 8-bit floats, and {platform.name} ({platform.arch}) does "
+            "not; use 'auto'"
+        )
+    return platform.fp8_dtype
 
 
 def _dtype(model: ModelConfig, platform: Platform) -> tuple[str, str]:

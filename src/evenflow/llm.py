@@ -39,7 +39,8 @@ class LLM:
         self.resolution: Resolution = resolve_settings(self.config, opened.model_config)
         self.model_config = opened.model_config
         built = build_engine(self.resolution.settings, opened)
-        self.engine, self.settings, self.memory_account = built.engine, built.settings, built.memory_account
+        self.engine, self.settings = built.engine, built.settings
+        self.memory_account, self.kernel_account = built.memory_account, built.kernel_account
         self._tokenizer = opened.tokenizer
         self._inputs = InputProcessor(self.settings, self.model_config, opened.tokenizer, opened.generation_config)
         self._outputs = OutputProcessor(opened.tokenizer)

@@ -22,6 +22,10 @@ IGNORED = frozenset(
     top_k top_p temperature do_sample
     """.split()
 )
+# Of a quantization_config that is about the KV cache only.
+CACHE_SCALE_KEYS = frozenset(
+    "quant_method kv_cache_scheme format ignore quantization_status global_compression_ratio version".split()
+)
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -145,6 +149,7 @@ def _read(reader: _Reader) -> ModelConfig:
     kind = reader.model_type
     if kind not in MODEL_TYPES:
         raise ValueError(f"model_type {kind!r} is not implemented; implemented are {', '.join(MODEL_TYPES)}")
+    _accept_cache_scales(reader)
     reader.only("hidden_act", ("silu",))
     reader.only("partial_rotary_factor", (1.0,))
     num_layers, num_heads = reader.integer("num_hidden_layers"), reader.integer("num_attention_heads")
@@ -180,6 +185,18 @@ def _read(reader: _Reader) -> ModelConfig:
     )
     reader.finish()
     return config
+
+
+def _accept_cache_scales(reader: _Reader) -> None:
+    """Of quantized checkpoints, those whose weights are not: they bring scales of each layer's keys and values."""
+    quantization = reader.hf.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
+        return
+    scheme = quantization.get("kv_cache_scheme")
+    wanted = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    is_known = isinstance(scheme, dict) and wanted.items() <= scheme.items() and not scheme.get("dynamic")
+    if is_known and not any(value for key, value in quantization.items() if key not in CACHE_SCALE_KEYS):
+        reader.get("quantization_config")
 
 
 def token_ids(value: Any) -> tuple[int, ...]:

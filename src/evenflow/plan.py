@@ -11,6 +11,7 @@ from typing import Any
 from evenflow.config import DTYPE_BYTES
 from evenflow.model_config import ModelConfig
 from evenflow.model_files import find_model, read_json
+from evenflow.platforms.gpu import fp8_dtype_of
 from evenflow.platforms.specs import Specs, read_toml
 
 MEMORY_SHARE = 0.9  # what the engine takes of a GPU by default
@@ -83,7 +84,9 @@ def make_plan(
 ) -> Plan:
     """Raises ValueError for a number of GPUs that the heads cannot be split over, or a context beyond the model's."""
     dtype = dtype if dtype != "auto" else model.dtype if model.dtype != "float32" else "bfloat16"
-    kv_cache_dtype = dtype if kv_cache_dtype == "auto" else kv_cache_dtype
+    fp8_dtype = fp8_dtype_of(specs.arch)
+    lacks_fp8 = kv_cache_dtype == "fp8" and fp8_dtype is None
+    kv_cache_dtype = {"auto": dtype, "fp8": fp8_dtype or "float8_e4m3fn"}.get(kv_cache_dtype, kv_cache_dtype)
     if model.num_heads % num_gpus:
         raise ValueError(f"--gpus {num_gpus} must divide the model's {model.num_heads} attention heads")
     context = max_model_len or model.max_context
@@ -116,7 +119,9 @@ def make_plan(
         limit_one_request=speed.tokens_per_s(1)[0],
         limit_ideal=speed.tokens_per_s(num_concurrent)[0],
         limit_no_overlap=speed.tokens_per_s(num_concurrent)[1],
-        reason=_why_not(specs, weight_bytes + activation_bytes, num_tokens, context),
+        reason="it has no 8-bit floats; leave --kv-cache-dtype at auto"
+        if lacks_fp8
+        else _why_not(specs, weight_bytes + activation_bytes, num_tokens, context),
     )
 
 

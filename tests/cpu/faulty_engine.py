@@ -14,6 +14,7 @@ SITES = {
     "masks": (GuidedDecoding, "masks"),
     "grammar": (GuidedDecoding, "_build"),
     "admit": (Sampler, "admit"),
+    "build": (process, "build_engine"),
 }
 
 

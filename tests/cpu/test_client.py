@@ -176,6 +176,13 @@ def test_an_engine_that_ends_at_once_is_told():
         asyncio.run(client.start())
 
 
+def test_a_start_that_fails_is_told():
+    client = make_client("build", 1)
+    with pytest.raises(EngineDeadError, match="^planted: call 1 of build$") as caught:
+        asyncio.run(client.start())
+    assert not caught.value.is_bad_input
+
+
 def test_a_message_that_cannot_be_used_is_the_end(monkeypatch, caplog):
     async def work(client):
         monkeypatch.setattr(client, "_apply", lambda message: 1 / 0)

@@ -20,8 +20,12 @@ LLAMA = {
     "vocab_size": 32000,
     "rms_norm_eps": 1e-5,
 }
+SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+CACHE_SCALES = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": SCHEME}
 QWEN3 = LLAMA | {"model_type": "qwen3", "num_key_value_heads": 8}
 GPU = Platform("gpu", "cuda", "any", 32, "float8_e4m3fn", 2**16, True, 2**36, "bfloat16")
+FNUZ = dataclasses.replace(GPU, fp8_dtype="float8_e4m3fnuz")
+OLD = dataclasses.replace(GPU, name="old GPU", arch="older", fp8_dtype=None)
 CPU = cpu.detect()
 
 
@@ -47,7 +51,7 @@ def test_resolution_is_complete_and_says_why():
     ("options", "platform", "field", "value"),
     [
         ({}, CPU, "max_num_batched_tokens", 2048),
-        ({}, GPU, "max_num_batched_tokens", 8192),
+        ({}, GPU, "max_num_batched_tokens", 2048),
         ({"max_num_seqs": 7}, CPU, "max_num_seqs", 7),
         ({"max_model_len": 100}, CPU, "max_model_len", 100),
         ({"max_model_len": 100}, CPU, "fit_max_model_len", False),
@@ -56,6 +60,9 @@ def test_resolution_is_complete_and_says_why():
         ({"dtype": "float16"}, GPU, "dtype", "float16"),
         ({"dtype": "float16"}, CPU, "kv_cache_dtype", "float16"),
         ({"kv_cache_dtype": "bfloat16"}, CPU, "kv_cache_dtype", "bfloat16"),
+        ({"kv_cache_dtype": "fp8"}, GPU, "kv_cache_dtype", "float8_e4m3fn"),
+        ({"kv_cache_dtype": "fp8", "dtype": "float16"}, FNUZ, "kv_cache_dtype", "float8_e4m3fnuz"),
+        ({"kv_cache_dtype": "auto"}, FNUZ, "kv_cache_dtype", "bfloat16"),
         ({"enable_chunked_prefill": False}, CPU, "max_num_batched_tokens", 4096),
         ({"load_format": "dummy"}, CPU, "load_format", "dummy"),
         ({}, CPU, "load_format", "safetensors"),
@@ -77,6 +84,7 @@ def test_resolution(options, platform, field, value):
         ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization=nan must be in"),
         ({"gpu_memory_utilization": 0.0}, "gpu_memory_utilization=0.0"),
         ({"kv_cache_memory": "lots"}, "kv_cache_memory='lots' must be a size such as 4GiB"),
+        ({"kv_cache_dtype": "int8"}, "kv_cache_dtype='int8' must be one of auto, float32, bfloat16, float16, fp8"),
         ({"load_format": "pt"}, "load_format='pt' must be one of"),
     ],
 )
@@ -100,6 +108,21 @@ def test_resolution_refuses(options, message):
         resolve(EngineConfig(model="m", **options), ModelConfig.from_hf(LLAMA), CPU)
 
 
+@pytest.mark.parametrize(("platform", "name"), [(OLD, r"old GPU \(older\)"), (CPU, r"CPU \(cpu\)")])
+def test_a_cache_of_8_bits_needs_a_gpu_that_has_them(platform, name):
+    message = f"kv_cache_dtype='fp8' needs a GPU that converts 8-bit floats, and {name} does not; use 'auto'"
+    with pytest.raises(ValueError, match=message):
+        resolve(EngineConfig(model="m", kv_cache_dtype="fp8"), ModelConfig.from_hf(LLAMA), platform)
+
+
+def test_a_cache_of_8_bits_takes_half_the_memory():
+    model = ModelConfig.from_hf(LLAMA)
+    whole, half = (
+        resolve(EngineConfig(model="m", kv_cache_dtype=kind), model, GPU).settings for kind in ("auto", "fp8")
+    )
+    assert half.kv_bytes_per_token(model) * 2 == whole.kv_bytes_per_token(model) == 524_288
+
+
 @pytest.mark.parametrize(
     ("text", "num_bytes"),
     [("4GiB", 2**32), ("1.5g", 3 * 2**29), ("512 MB", 512_000_000), ("1e9", 10**9), ("77", 77), ("2KiB", 2048)],
@@ -121,6 +144,17 @@ def test_sizes_refused(text):
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not implemented for llama"),
         ({"logits_scaling": 8.0}, "logits_scaling=8.0 is not implemented for llama; if it does not change"),
         ({"quantization_config": {"bits": 4}}, "quantization_config=.* is not implemented"),
+        ({"quantization_config": CACHE_SCALES | {"config_groups": {"group_0": {}}}}, "quantization_config=.* is not"),
+        ({"quantization_config": CACHE_SCALES | {"sparsity_config": {"format": "x"}}}, "quantization_config=.* is not"),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "quantization_config=.* is not implemented"),
+        (
+            {"quantization_config": CACHE_SCALES | {"kv_cache_scheme": SCHEME | {"dynamic": True}}},
+            "quantization_config=.* is not implemented",
+        ),
+        (
+            {"quantization_config": CACHE_SCALES | {"kv_cache_scheme": SCHEME | {"type": "int"}}},
+            "quantization_config=.* is not implemented",
+        ),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope type 'longrope' is not implemented"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope type 'linear' needs a factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, "factor=-1 must be a positive number"),
@@ -147,6 +181,10 @@ def test_config_json_is_read_strictly(changes, message):
 def test_no_model_type():
     with pytest.raises(ValueError, match="no model_type"):
         ModelConfig.from_hf({"hidden_size": 1})
+
+
+def test_checkpoints_that_bring_scales_of_the_cache_alone_are_read():
+    assert ModelConfig.from_hf(LLAMA | {"quantization_config": CACHE_SCALES}) == ModelConfig.from_hf(LLAMA)
 
 
 def test_keys_without_effect_are_accepted():

@@ -9,6 +9,7 @@ from checkpoints import edit_config, make_checkpoint
 from safetensors.torch import load_file, save_file
 
 from evenflow.distributed import TensorParallel
+from evenflow.layers.attention import cache_scales, fit_cache_scales
 from evenflow.layers.linear import ColumnParallelLinear, RowParallelLinear
 from evenflow.layers.loading import Placement
 from evenflow.model_config import ModelConfig
@@ -47,6 +48,52 @@ def test_sharded_files_equal_one_file(tmp_path):
     one, many = load(tmp_path / "one").state_dict(), load(tmp_path / "many").state_dict()
     assert one.keys() == many.keys()
     assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+SCALES = {
+    f"model.layers.{layer}.self_attn.{name}": torch.tensor(0.25 + layer + (0.5 if name == "v_scale" else 0.0))
+    for layer in range(3)
+    for name in ("k_scale", "v_scale")
+}
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_scales_of_the_cache_are_read(tmp_path, shape):
+    directory = make_checkpoint(tmp_path).directory
+    assert {scale.item() for scale in cache_scales(load(directory)).values()} == {1.0}
+    rewrite(directory, lambda tensors: tensors.update({name: x.view(shape).bfloat16() for name, x in SCALES.items()}))
+    model = load(directory)
+    found = cache_scales(model)
+    assert {name: scale.item() for name, scale in found.items()} == {name: x.item() for name, x in SCALES.items()}
+    assert all(scale.shape == (1,) and scale.dtype == torch.float32 for scale in found.values())
+    fit_cache_scales(model, torch.float8_e4m3fn)
+    assert cache_scales(model)["model.layers.1.self_attn.v_scale"].item() == 1.75
+    fit_cache_scales(model, torch.float8_e4m3fnuz)
+    assert cache_scales(model)["model.layers.1.self_attn.v_scale"].item() == 3.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda scales: scales.popitem(),
+            "KV cache for some layers only; 'model.layers.2.self_attn.v_scale' is missing",
+        ),
+        (
+            lambda scales: scales.update({"model.layers.0.self_attn.k_scale": torch.ones(2)}),
+            "'model.layers.0.self_attn.k_scale' must be one positive number to scale the KV cache by",
+        ),
+        (lambda scales: scales.update({"model.layers.0.self_attn.k_scale": torch.tensor(0.0)}), "one positive number"),
+        (lambda scales: scales.update({"model.layers.0.self_attn.k_scale": torch.tensor(torch.nan)}), "one positive"),
+        (lambda scales: scales.update({"model.layers.7.self_attn.k_scale": torch.ones(1)}), "has no place"),
+    ],
+)
+def test_scales_of_the_cache_that_cannot_be_used(tmp_path, change, message):
+    directory, scales = make_checkpoint(tmp_path).directory, dict(SCALES)
+    change(scales)
+    rewrite(directory, lambda tensors: tensors.update(scales))
+    with pytest.raises(ValueError, match=message):
+        load(directory)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -4,11 +4,13 @@ import asyncio
 import hmac
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evenflow.server.app import make_app
 from evenflow.server.errors import ApiError, ClientDisconnected
 from evenflow.server.middleware import LOOPBACK_NAMES, ApiKey, HostCheck, RequestLog, SecurityHeaders
 
@@ -83,6 +85,12 @@ def test_a_key_is_needed_on_every_path(path):
     assert Answer(app, path, bearer("three")).status == 401
     assert Answer(app, path, bearer("one")).status == 200
     assert Answer(app, path, bearer("two")).status == 200
+
+
+@pytest.mark.parametrize(("account", "expected"), [("", {}), ("kernels: right", {"kernels": "kernels: right"})])
+def test_health_tells_of_the_kernels_where_there_are_any(account, expected):
+    app = make_app(SimpleNamespace(client=SimpleNamespace(kernel_account=account)))
+    assert json.loads(Answer(app, "/health").body) == {"status": "alive"} | expected
 
 
 def test_health_needs_none():

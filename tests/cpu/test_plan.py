@@ -66,8 +66,26 @@ def test_a_short_cache_does_not_fit():
     assert not plan.fits
     assert "less than one request of 131072; lower --max-model-len" in plan.reason
     assert make_plan("m", model, find_specs("rtx-4090"), max_model_len=8192).fits
-    half = make_plan("m", model, find_specs("mi300x"), kv_cache_dtype="float8_e4m3fnuz")
-    assert half.kv_bytes_per_token == 65_536
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype"), [("mi300x", "float8_e4m3fnuz"), ("h100", "float8_e4m3fn"), ("l4", "float8_e4m3fn")]
+)
+def test_a_cache_of_8_bits_takes_half_the_memory(gpu, dtype):
+    model = read_model_config("llama-3.1-8b")
+    whole = make_plan("m", model, find_specs(gpu), max_model_len=8192)
+    half = make_plan("m", model, find_specs(gpu), kv_cache_dtype="fp8", max_model_len=8192)
+    assert (half.kv_cache_dtype, half.fits) == (dtype, whole.fits)
+    assert half.kv_bytes_per_token == whole.kv_bytes_per_token // 2 == 65_536
+    assert half.num_cache_tokens == half.cache_bytes // 65_536
+    assert half.limit_ideal > whole.limit_ideal
+
+
+def test_a_gpu_without_8_bits_has_no_such_cache(capsys):
+    assert main(["plan", "llama-3.1-8b", "--gpu", "mi210", "--kv-cache-dtype", "fp8"]) == 3
+    assert "it has no 8-bit floats; leave --kv-cache-dtype at auto" in capsys.readouterr().out
+    assert main(["plan", "llama-3.1-8b", "--gpus", "1", "--kv-cache-dtype", "fp8", "--max-model-len", "8192"]) == 0
+    assert "65,536 KV bytes per token in float8_e4m3fn or float8_e4m3fnuz" in capsys.readouterr().out
 
 
 def test_the_command(capsys):

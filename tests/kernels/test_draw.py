@@ -124,7 +124,8 @@ def test_a_row_depends_on_nothing_but_itself():
 def test_padding_writes_nothing_and_tokens_go_where_the_row_ends():
     logits = make_logits(4, 500)
     logits[3] = torch.nan
-    buffer = torch.full((5, 12), 77, dtype=torch.int32)
+    memory = torch.full((6, 12), 77, dtype=torch.int32)
+    buffer = memory[:5]
     slots, lengths = [2, -1, 4, 0], [3, 0, 12, 11]
     tokens = launch_draw(logits, make_table([{"seed": 1}] * 5), ints(slots), ints(lengths), buffer)
     assert tokens[1] == -1
@@ -132,6 +133,7 @@ def test_padding_writes_nothing_and_tokens_go_where_the_row_ends():
     expected = torch.full((5, 12), 77, dtype=torch.int32)
     expected[2, 3], expected[0, 11] = tokens[0], 0
     assert torch.equal(buffer, expected)
+    assert (memory[5] == 77).all()
     plain = torch.full((5, 12), 77, dtype=torch.int32)
     assert torch.equal(draw(logits, make_table([{"seed": 1}] * 5), ints(slots), ints(lengths), plain), tokens)
     assert torch.equal(plain, expected)

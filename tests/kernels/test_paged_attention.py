@@ -1,13 +1,11 @@
-import sys
 from dataclasses import replace
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
-from unittest.mock import patch
+from itertools import accumulate
 
 import pytest
 import torch
 from accuracy import assert_accurate
 from attention_cases import CASES, FP8_CASES, Case, Inputs, attend, make_inputs
+from planted_bug import planted
 
 from evenflow.kernels import paged_attention as module
 from evenflow.kernels.paged_attention import (
@@ -67,6 +65,17 @@ def test_a_cache_of_another_type_is_converted(cache_dtype):
     check(rounded, launch_paged_attention(*inputs.arguments))
 
 
+def test_a_cache_of_more_than_two_gib():
+    """Element offsets overflow 32 bits. Memory that nobody touches costs nothing."""
+    case = Case(rows=((1, 100), (9, 30)), cache_dtype=torch.float8_e4m3fn)
+    inputs, moved = make_inputs(case, torch.float16), make_inputs(case, torch.float16)
+    used, first = inputs.kv_cache, 2**31 // inputs.kv_cache[0].numel()
+    cache = torch.empty(first + len(used), *used.shape[1:], dtype=torch.uint8).view(used.dtype)
+    cache.view(torch.uint8)[first:] = used.view(torch.uint8)
+    moved.rows.block_tables += first
+    check(inputs, run(replace(moved, kv_cache=cache)))
+
+
 TILES = (Tile(16, 1, 1, 16), Tile(16, 4, 2, 128), Tile(64, 4, 3, 32), Tile(128, 8, 2, 64))
 
 
@@ -100,7 +109,7 @@ def test_the_plan_covers_every_key_once(seed):
     case = Case(rows=tuple(shapes), num_heads=2, num_kv_heads=1, head_dim=16)
     rows = make_inputs(case, torch.float32, plan=plan, seed=seed).rows
     launch_plan_attention(rows)
-    num_items, num_splits = plan.counts.tolist()
+    num_items, num_splits, num_prompts, num_queries = plan.counts.tolist()
     assert num_items <= num_rows + target
     assert num_splits <= len(plan.splits)
     pieces: dict[int, list[list[int]]] = {}
@@ -125,6 +134,27 @@ def test_the_plan_covers_every_key_once(seed):
             assert indices == list(range(next_partial, next_partial + len(parts)))
             next_partial += len(parts)
     assert next_partial <= len(plan.partials)
+    prompts = [r for r, (q, _) in enumerate(shapes) if q > 1]
+    before = [0, *accumulate(shapes[r][0] for r in prompts)]
+    assert (num_prompts, num_queries) == (len(prompts), before[-1])
+    expected_prompts = [[n, starts[r], *shapes[r], slots[r]] for n, r in zip(before, prompts, strict=False)]
+    assert plan.prompts[:num_prompts, :5].tolist() == expected_prompts
+
+
+@pytest.mark.parametrize("num_programs", [1, 2, 7])
+def test_however_many_programs_share_the_prompts(num_programs):
+    plan = make_plan(6, 4, 2, 64, "cpu", target_items=4, num_programs=num_programs)
+    case = Case(rows=((40, 60), (1, 30), (2, 2), (0, 0), (129, 200), (16, 16)))
+    inputs = make_inputs(case, torch.float16, plan=plan)
+    check(inputs, run(inputs, prefill=Tile(32, 4, 2, 32)))
+
+
+@pytest.mark.parametrize("num_programs", [1, 3])
+def test_however_many_programs_share_the_split_rows(num_programs):
+    plan = make_plan(4, 4, 2, 64, "cpu", target_items=40, granule=16, num_programs=num_programs)
+    inputs = make_inputs(Case(rows=((1, 333), (1, 1), (1, 200), (1, 65))), torch.float16, plan=plan)
+    check(inputs, run(inputs))
+    assert plan.counts[1] == 3
 
 
 def test_a_plan_of_many_rows():
@@ -133,7 +163,7 @@ def test_a_plan_of_many_rows():
     rows = make_inputs(case, torch.float32, plan=plan).rows
     launch_plan_attention(rows)
     chunk = -(-(20 * 1098 + 3001) // 64 // 32 + 1) * 32
-    num_items, num_splits = plan.counts.tolist()
+    num_items, num_splits, *_ = plan.counts.tolist()
     assert num_splits == 1
     assert num_items - 1099 == plan.splits[0, 2] == -(-3000 // max(chunk, 416))
 
@@ -213,7 +243,8 @@ PLANTED = {  # what: (case that sees it, code, code with the bug)
         "= (first_position + 1) //",
         "= (first_position + BLOCK_Q) //",
     ),
-    "queries of another row": ("prompts", "row = low - 1", "row = tl.maximum(low - 2, 0)"),
+    "queries of another row": ("prompts", "(low - 1) * PROMPT", "tl.maximum(low - 2, 0) * PROMPT"),
+    "prompts not counted": ("prompts", "num_queries > 1", "num_queries > 2"),
     "no soft cap": ("soft cap", "if SOFT_CAP > 0:", "if SOFT_CAP > 1000:"),
 }
 
@@ -221,18 +252,9 @@ PLANTED = {  # what: (case that sees it, code, code with the bug)
 @pytest.mark.parametrize("what", PLANTED)
 def test_planted_bugs_are_seen(what, tmp_path):
     name, code, bug = PLANTED[what]
-    source = Path(module.__file__).read_text()
-    assert code in source
-    path = tmp_path / "planted_attention.py"
-    path.write_text(source.replace(code, bug))
-    spec = spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    planted = module_from_spec(spec)
-    with patch.dict(sys.modules, {path.stem: planted}):
-        spec.loader.exec_module(planted)
-        inputs = make_inputs({**CASES, **FP8_CASES}[name], torch.float16)
-        planted.launch_plan_attention(inputs.rows)
-        found = planted.launch_paged_attention(*inputs.arguments)
+    inputs = make_inputs({**CASES, **FP8_CASES}[name], torch.float16)
+    with planted(module, code, bug, tmp_path) as copy:
+        copy.launch_plan_attention(inputs.rows)
+        found = copy.launch_paged_attention(*inputs.arguments)
     with pytest.raises(AssertionError):
         check(inputs, found)

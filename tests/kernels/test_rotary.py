@@ -67,6 +67,18 @@ def test_only_pages_of_the_index_are_written():
     assert is_written.nonzero()[:, 0].tolist() == sorted(index for index in STORE_INDEX if index >= 0)
 
 
+def test_a_cache_of_more_than_two_gib():
+    """Element offsets overflow 32 bits. Memory that nobody touches costs nothing."""
+    inputs = list(make_inputs(2, 1, 64, torch.float32, torch.float8_e4m3fn))
+    small, _ = both(inputs, 2, 1)
+    first = 2**31 // inputs[1][0].numel()
+    large = torch.empty(first + NUM_BLOCKS, *inputs[1].shape[1:], dtype=torch.uint8)
+    large[first:] = inputs[1].view(torch.uint8)
+    index = torch.where(inputs[5] < 0, -1, inputs[5] + first * BLOCK_SIZE)
+    launch_rotary_and_store(inputs[0].clone(), large.view(torch.float8_e4m3fn), *inputs[2:5], index, 2, 1)
+    assert torch.equal(large[first:], small[1].view(torch.uint8))
+
+
 def test_three_dimensions_are_the_same_as_two():
     inputs = make_inputs(4, 2, 64, torch.float32)
     qkv, cache = inputs[0].contiguous().unflatten(-1, (8, 64)), inputs[1].clone()

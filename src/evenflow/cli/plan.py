@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   evenflow plan llama-2-7b --gpu mi210
   evenflow plan llama-2-70b --gpu a100 --gpus 4
-  evenflow plan ./my-model --gpu h100 --max-model-len 8192 --kv-cache-dtype float8_e4m3fn
+  evenflow plan ./my-model --gpu h100 --max-model-len 8192 --kv-cache-dtype fp8
   evenflow plan qwen3-8b                  # on every GPU that is known
   evenflow plan demo --gpu l4 --json
 
@@ -19,14 +19,14 @@ Exit code 0: it fits; 3: it does not; 2: bad input."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from evenflow.config import DTYPE_BYTES, DTYPES
+    from evenflow.config import DTYPES, KV_CACHE_DTYPES
 
     parser.add_argument("model", metavar="MODEL", help="a known name, a directory, 'demo', or a Hugging Face name")
     parser.add_argument("--gpu", metavar="NAME", help="of platforms/specs.toml, e.g. mi210, a100, h100 (default: all)")
     parser.add_argument("--gpus", type=int, choices=(1, 2, 4, 8), help="only this number of them")
     parser.add_argument("--max-model-len", type=int, metavar="N", help="context (default: the model's)")
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="of the weights")
-    parser.add_argument("--kv-cache-dtype", default="auto", choices=("auto", *DTYPE_BYTES), help="of keys and values")
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=KV_CACHE_DTYPES, help="of keys and values")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hugging Face model")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -71,10 +71,10 @@ def _print(plans: "list[Plan]") -> None:
     from evenflow.plan import MEAN_REQUEST_TOKENS
 
     console = Console(width=None if sys.stdout.isatty() else 140)
-    first = plans[0]
+    first, cache_dtypes = plans[0], " or ".join(sorted({plan.kv_cache_dtype for plan in plans}))
     console.print(
         f"{first.model}: {first.num_parameters / 1e9:.2f} G parameters in {first.dtype}, "
-        f"{first.kv_bytes_per_token:,} KV bytes per token in {first.kv_cache_dtype}, context {first.max_model_len:,}",
+        f"{first.kv_bytes_per_token:,} KV bytes per token in {cache_dtypes}, context {first.max_model_len:,}",
         highlight=False,
     )
     table = Table(box=None, header_style="bold")

@@ -15,11 +15,15 @@ from evenflow.scheduler import Scheduler
 
 @dataclass(frozen=True, slots=True)
 class BuiltEngine:
-    """An engine that can step. settings: with the context that the cache can hold. memory_account: one line."""
+    """An engine that can step. settings: with the context that the cache can hold.
+
+    memory_account: one line. kernel_account: one about the check of a device's kernels, "" on a CPU.
+    """
 
     engine: Engine
     settings: Settings
     memory_account: str
+    kernel_account: str
 
 
 def build_engine(settings: Settings, opened: OpenedModel) -> BuiltEngine:
@@ -41,4 +45,4 @@ def build_engine(settings: Settings, opened: OpenedModel) -> BuiltEngine:
     if tokenizer is not None:
         eos_ids = eos_token_ids(model, tokenizer, opened.generation_config)
         guided = GuidedDecoding(tokenizer, model.vocab_size, eos_ids)
-    return BuiltEngine(Engine(scheduler, runner, guided), settings, str(runner.memory))
+    return BuiltEngine(Engine(scheduler, runner, guided), settings, str(runner.memory), runner.kernel_account)

@@ -86,7 +86,7 @@ class EngineClient:
     ) -> None:
         self.config, self.opened = config, opened
         self.settings: Settings | None = None  # known when the engine is ready
-        self.memory_account = ""
+        self.memory_account = self.kernel_account = ""
         self.error: EngineDeadError | None = None
         self.num_requests = 0  # sequences in the engine, and being tokenized for it
         self.num_prompt_tokens = 0  # of these; before tokenizing, at most as many
@@ -113,7 +113,8 @@ class EngineClient:
         except BaseException:
             await self.close()
             raise
-        self.settings, self.memory_account = ready.settings, ready.memory_account
+        self.settings = ready.settings
+        self.memory_account, self.kernel_account = ready.memory_account, ready.kernel_account
         if ready.settings.device == "cpu":
             step_flops = 2 * ready.settings.max_num_batched_tokens * self.opened.model_config.num_parameters
             self._engine_timeout_s = max(self._engine_timeout_s, step_flops / SLOWEST_CPU_FLOPS)

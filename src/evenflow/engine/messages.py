@@ -83,10 +83,11 @@ class Phase(msgspec.Struct, tag="phase", array_like=True, frozen=True):
 
 
 class Ready(msgspec.Struct, tag="ready", array_like=True, frozen=True):
-    """Engine -> front: what runs, with the context that the cache can hold."""
+    """Engine -> front: what runs, with the context that the cache can hold. Accounts: see BuiltEngine."""
 
     settings: Settings
     memory_account: str
+    kernel_account: str
 
 
 class Failed(msgspec.Struct, tag="failed", array_like=True, frozen=True):

@@ -152,6 +152,10 @@ def serve(channel: Channel, server_type: Callable[[Engine, Channel], EngineServe
     except (ValueError, OSError) as error:
         channel.send(Failed(str(error), is_bad_input=True))
         return 2
+    except RuntimeError as error:  # a kernel that is wrong, a device that complains
+        logger.exception("the engine could not start")
+        channel.send(Failed(str(error), is_bad_input=False))
+        return 1
     try:
         server_type(built.engine, channel).run()
     except ParentGone:
@@ -170,7 +174,7 @@ def build(config: EngineConfig, channel: Channel) -> BuiltEngine:
     settings = resolve_settings(config, opened.model_config).settings
     channel.send(Phase("loading the weights and making the cache", WEIGHTS_DEADLINE_S))
     built = build_engine(settings, opened)
-    channel.send(Ready(built.settings, built.memory_account))
+    channel.send(Ready(built.settings, built.memory_account, built.kernel_account))
     return built
 
 

@@ -157,7 +157,7 @@ def _pick_kernel(
     tl.store(out_ptr + row, token)
     if HAS_BUFFER:
         length = tl.load(lengths_ptr + row)
-        tl.store(token_buffer_ptr + slot.to(tl.int64) * buffer_stride + length, tl.maximum(token, 0), mask=length <= L)
+        tl.store(token_buffer_ptr + slot.to(tl.int64) * buffer_stride + length, tl.maximum(token, 0), mask=length < L)
 
 
 def draw_tile(num_rows: int) -> tuple[int, int]:

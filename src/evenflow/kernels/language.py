@@ -48,6 +48,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def triton_version() -> str:
+    """ "" where it is not installed."""
+    return "" if _triton is None else str(_triton.__version__)
+
+
 @cache
 def current_arch() -> str:
     """The first GPU's architecture, as Platform.arch spells it; "" where there is none, as in the interpreter."""

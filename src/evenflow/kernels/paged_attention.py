@@ -11,8 +11,9 @@ queries of the G heads that share a key head are the rows of one tile, so keys a
 
 Rows of one query (decode) are cut into pieces of like length (Flash-Decoding, 2023): `plan_attention` writes the list
 of pieces once a step, on the device, since only the device knows the lengths when a graph is replayed. A row of one
-piece is written at once; several leave float32 sums that `_merge_pieces_kernel` adds up. Rows of more queries are cut
-by query: a program finds its row by binary search. Grids depend on upper bounds only; surplus programs return.
+piece is written at once; several leave float32 sums that `_merge_pieces_kernel` adds up. Rows of more queries (prompts)
+are listed too, and cut by query: as many programs as the device holds share the blocks, each finding its prompt by
+binary search. Grids depend on upper bounds only; surplus programs of decode rows return at once.
 
 Owns the kernels for devices. `attention` is the CPU's own; the reference here is the plain definition, row by row.
 """
@@ -20,6 +21,7 @@ Owns the kernels for devices. `attention` is the CPU's own; the reference here i
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -32,28 +34,33 @@ from evenflow.kernels.tuning import Tile, decode_tile, prefill_tile, split_of
 DEFAULT_MULTIPROCESSORS = 108
 ITEM_FIELDS = 8  # 32 bytes, so that a program reads its item by one access: token, slot, first, last, seq_len, partial
 SPLIT_FIELDS = 4  # token, first partial, number of partials
+PROMPT_FIELDS = 8  # prompt queries before it, first token, queries, keys, slot
 LOG2_E = math.log2(math.e)
 MERGED_PIECES = 16  # partial sums that are read at a time
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """The pieces that a step's decode rows are cut into. Memory is allocated once; plan_attention fills it.
+    """What a step's rows are cut into. Memory is allocated once; plan_attention fills it.
 
     items: [max_items, 8] int32, a piece each: query token, row of the block tables, first key, end of keys, keys of
     the row, index of its partial sums (-1: it is its row's only piece). splits: [max_splits, 4] int32, a row of
-    several pieces each: query token, first partial, number of partials. counts: [2] int32, items and splits in use.
-    partials: [max_partials, H, D] float32, and stats: [max_partials, H, 2] float32, maximum and sum of the weights.
-    target_items: pieces aimed at. granule: keys that a piece's length is a multiple of.
+    several pieces each: query token, first partial, number of partials. prompts: [max_rows, 8] int32, a row of several
+    queries each: queries of the prompts before it, first query token, queries, keys, row of the block tables. counts:
+    [4] int32, items, splits and prompts in use, and the queries of all prompts. partials: [max_partials, H, D] float32,
+    and stats: [max_partials, H, 2] float32, maximum and sum of the weights. target_items: pieces aimed at. granule:
+    keys that a piece's length is a multiple of. num_programs: that share the prompts' queries, or the split rows.
     """
 
     items: Tensor
     splits: Tensor
+    prompts: Tensor
     counts: Tensor
     partials: Tensor
     stats: Tensor
     target_items: int
     granule: int
+    num_programs: int
 
 
 @dataclass(slots=True)
@@ -86,27 +93,30 @@ def make_plan(
     arch: str | None = None,
     target_items: int | None = None,
     granule: int | None = None,
+    num_programs: int | None = None,
 ) -> AttentionPlan:
-    """Allocate the work list of steps of at most max_rows rows. target_items and granule: for tests and tuning.
+    """Allocate the work lists of steps of at most max_rows rows. The options after arch are for tests and tuning.
 
     A device of P multiprocessors gets about num_resident * waves * P / Hkv pieces (tuning.SPLITS), each run by Hkv
     programs. There are never more than target_items pieces on top of one a row, nor more than twice target_items that
     belong to rows of several pieces.
     """
     split = split_of(arch or current_arch())
+    num_resident = split.num_resident * _num_multiprocessors(torch.device(device))
     if target_items is None:
-        programs = split.num_resident * split.waves * _num_multiprocessors(torch.device(device))
-        target_items = max(programs // num_kv_heads, 1)
+        target_items = max(num_resident * split.waves // num_kv_heads, 1)
     max_items = max_rows + target_items
     max_partials = min(max_items, 2 * target_items)
     return AttentionPlan(
         items=torch.zeros(max_items, ITEM_FIELDS, dtype=torch.int32, device=device),
         splits=torch.zeros(min(max_rows, target_items), SPLIT_FIELDS, dtype=torch.int32, device=device),
-        counts=torch.zeros(2, dtype=torch.int32, device=device),
+        prompts=torch.zeros(max_rows, PROMPT_FIELDS, dtype=torch.int32, device=device),
+        counts=torch.zeros(4, dtype=torch.int32, device=device),
         partials=torch.empty(max_partials, num_heads, head_dim, dtype=torch.float32, device=device),
         stats=torch.empty(max_partials, num_heads, 2, dtype=torch.float32, device=device),
         target_items=target_items,
         granule=granule or split.granule,
+        num_programs=num_programs or 2 * num_resident,
     )
 
 
@@ -178,16 +188,29 @@ def _attend_row(
 
 @jit(do_not_specialize=("num_rows",))
 def _plan_kernel(
-    query_starts_ptr, seq_lens_ptr, slots_ptr, items_ptr, splits_ptr, counts_ptr, num_rows, target_items,
-    GRANULE: tl.constexpr, ITEM_FIELDS: tl.constexpr, SPLIT_FIELDS: tl.constexpr, BLOCK_R: tl.constexpr,
+    query_starts_ptr, seq_lens_ptr, slots_ptr, items_ptr, splits_ptr, prompts_ptr, counts_ptr, num_rows, target_items,
+    GRANULE: tl.constexpr, ITEM_FIELDS: tl.constexpr, SPLIT_FIELDS: tl.constexpr, PROMPT_FIELDS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One program: every row is an element. Pieces are chunk keys long at most, so that the grid bounds hold."""
     row = tl.arange(0, BLOCK_R)
     is_row = row < num_rows
     token = tl.load(query_starts_ptr + row, mask=is_row, other=0)
-    is_decode = is_row & (tl.load(query_starts_ptr + row + 1, mask=is_row, other=0) - token == 1)
-    length = tl.load(seq_lens_ptr + row, mask=is_decode, other=0)
-    slot = tl.load(slots_ptr + row, mask=is_decode, other=0)
+    num_queries = tl.load(query_starts_ptr + row + 1, mask=is_row, other=0) - token
+    seq_len = tl.load(seq_lens_ptr + row, mask=is_row, other=0)
+    slot = tl.load(slots_ptr + row, mask=is_row, other=0)
+    is_prompt = num_queries > 1
+    prompt_queries = tl.where(is_prompt, num_queries, 0)
+    prompt = tl.cumsum(is_prompt.to(tl.int32), axis=0) - is_prompt.to(tl.int32)
+    prompt_ptrs = prompts_ptr + prompt * PROMPT_FIELDS
+    tl.store(prompt_ptrs, tl.cumsum(prompt_queries, axis=0) - prompt_queries, mask=is_prompt)
+    tl.store(prompt_ptrs + 1, token, mask=is_prompt)
+    tl.store(prompt_ptrs + 2, num_queries, mask=is_prompt)
+    tl.store(prompt_ptrs + 3, seq_len, mask=is_prompt)
+    tl.store(prompt_ptrs + 4, slot, mask=is_prompt)
+    tl.store(counts_ptr + 2, tl.sum(is_prompt.to(tl.int32), axis=0))
+    tl.store(counts_ptr + 3, tl.sum(prompt_queries, axis=0))
+    length = tl.where(num_queries == 1, seq_len, 0)
     chunk = tl.maximum(tl.cdiv(tl.cdiv(tl.sum(length, axis=0), target_items), GRANULE), 1) * GRANULE
     pieces = tl.cdiv(length, chunk)
     # Equal pieces rather than whole chunks and a rest. The last one is never empty: (pieces - 1) * chunk < length.
@@ -315,80 +338,104 @@ def _merge_pieces_kernel(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE_STRIDE: tl.constexpr, SPLIT_FIELDS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program (split row, query head). A piece outside the window has total 0 and sums of 0."""
-    head = tl.program_id(1)
-    if tl.program_id(0) >= tl.load(counts_ptr + 1):
-        return
-    split_ptr = splits_ptr + tl.program_id(0) * SPLIT_FIELDS
-    token = tl.load(split_ptr).to(tl.int64)
-    first = tl.load(split_ptr + 1)
-    number = tl.load(split_ptr + 2)
-    dims = tl.arange(0, BLOCK_D)
-    best = -1e30
-    total = 0.0
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, number, BLOCK_P):
-        piece = start + tl.arange(0, BLOCK_P)
-        exists = piece < number
-        index = (first + piece) * H + head
-        piece_best = tl.load(stats_ptr + index * 2, mask=exists, other=-1e30)
-        piece_total = tl.load(stats_ptr + index * 2 + 1, mask=exists, other=0.0)
-        mask = exists[:, None] & (dims < D)[None, :]
-        sums = tl.load(partials_ptr + index[:, None] * D + dims[None, :], mask=mask, other=0.0)
-        new_best = tl.maximum(best, tl.max(piece_best, axis=0))
-        weights = tl.exp2(piece_best - new_best)
-        rescale = tl.exp2(best - new_best)
-        total = total * rescale + tl.sum(piece_total * weights, axis=0)
-        acc = acc * rescale + tl.sum(sums * weights[:, None], axis=0)
-        best = new_best
-    factor = 1.0 / total
-    if v_scale_ptr is not None:
-        factor *= tl.load(v_scale_ptr + head // G * SCALE_STRIDE)
-    out = (acc * factor).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + token * (H * D) + head * D + dims, out, mask=dims < D)
+    """Each program takes a split row and a query head until there are no more: mostly few rows are split, or none.
+
+    A piece outside the window has total 0 and sums of 0.
+    """
+    num_splits = tl.load(counts_ptr + 1)
+    for work in range(tl.program_id(0), num_splits * H, tl.num_programs(0)):
+        head = work % H
+        split_ptr = splits_ptr + work // H * SPLIT_FIELDS
+        token = tl.load(split_ptr).to(tl.int64)
+        first = tl.load(split_ptr + 1)
+        number = tl.load(split_ptr + 2)
+        dims = tl.arange(0, BLOCK_D)
+        best = -1e30
+        total = 0.0
+        acc = tl.zeros([BLOCK_D], tl.float32)
+        for start in range(0, number, BLOCK_P):
+            piece = start + tl.arange(0, BLOCK_P)
+            exists = piece < number
+            index = (first + piece) * H + head
+            piece_best = tl.load(stats_ptr + index * 2, mask=exists, other=-1e30)
+            piece_total = tl.load(stats_ptr + index * 2 + 1, mask=exists, other=0.0)
+            mask = exists[:, None] & (dims < D)[None, :]
+            sums = tl.load(partials_ptr + index[:, None] * D + dims[None, :], mask=mask, other=0.0)
+            new_best = tl.maximum(best, tl.max(piece_best, axis=0))
+            weights = tl.exp2(piece_best - new_best)
+            rescale = tl.exp2(best - new_best)
+            total = total * rescale + tl.sum(piece_total * weights, axis=0)
+            acc = acc * rescale + tl.sum(sums * weights[:, None], axis=0)
+            best = new_best
+        factor = 1.0 / total
+        if v_scale_ptr is not None:
+            factor *= tl.load(v_scale_ptr + head // G * SCALE_STRIDE)
+        out = (acc * factor).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + token * (H * D) + head * D + dims, out, mask=dims < D)
 
 
-@jit(do_not_specialize=("num_rows",))
+@jit
 def _prefill_attention_kernel(
-    q_ptr, kv_cache_ptr, out_ptr, query_starts_ptr, seq_lens_ptr, slots_ptr, block_tables_ptr, k_scale_ptr,
-    v_scale_ptr, scale_log2, num_rows, q_stride, table_stride,
+    q_ptr, kv_cache_ptr, out_ptr, prompts_ptr, counts_ptr, block_tables_ptr, k_scale_ptr, v_scale_ptr, scale_log2,
+    q_stride, table_stride,
+    H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr, SCALE_STRIDE: tl.constexpr, PROMPT_FIELDS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Each program takes blocks of queries, and a key head, until there are no more.
+
+    A block is BLOCK_M // G queries of one prompt, times the G heads of the group.
+    """
+    BLOCK_Q: tl.constexpr = BLOCK_M // G
+    num_prompts = tl.load(counts_ptr + 2)
+    # Prompt i owns the blocks from (queries before it) // BLOCK_Q + i on: at least as many as its queries need.
+    num_blocks = tl.load(counts_ptr + 3) // BLOCK_Q + num_prompts
+    for work in range(tl.program_id(0), num_blocks * H_KV, tl.num_programs(0)):
+        kv_head = work % H_KV
+        block = num_blocks - 1 - work // H_KV  # a prompt's last blocks see most keys: begin with them
+        low = 0
+        high = num_prompts
+        while low < high:
+            middle = (low + high) // 2
+            if tl.load(prompts_ptr + middle * PROMPT_FIELDS) // BLOCK_Q + middle <= block:
+                low = middle + 1
+            else:
+                high = middle
+        prompt_ptr = prompts_ptr + (low - 1) * PROMPT_FIELDS
+        first_query = (block - (tl.load(prompt_ptr) // BLOCK_Q + low - 1)) * BLOCK_Q
+        query_len = tl.load(prompt_ptr + 2)
+        if first_query < query_len:
+            first_token = tl.load(prompt_ptr + 1)
+            seq_len = tl.load(prompt_ptr + 3)
+            slot = tl.load(prompt_ptr + 4).to(tl.int64)
+            _attend_block(
+                q_ptr, kv_cache_ptr, out_ptr, block_tables_ptr + slot * table_stride, k_scale_ptr, v_scale_ptr,
+                scale_log2, q_stride, first_token, first_query, query_len, seq_len, kv_head,
+                H_KV, G, D, S, WINDOW, SOFT_CAP, SCALE_STRIDE, BLOCK_M, BLOCK_D, BLOCK_N,
+            )  # fmt: skip
+
+
+@jit
+def _attend_block(
+    q_ptr, kv_cache_ptr, out_ptr, table_ptr, k_scale_ptr, v_scale_ptr, scale_log2, q_stride, first_token, first_query,
+    query_len, seq_len, kv_head,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, SCALE_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of queries, key head): BLOCK_M // G queries of one row, times the G heads of the group."""
+    """Queries [first_query, first_query + BLOCK_M // G) of the prompt whose first token is first_token."""
     BLOCK_Q: tl.constexpr = BLOCK_M // G
-    kv_head = tl.program_id(1)
-    block = tl.num_programs(0) - 1 - tl.program_id(0)  # a prompt's last blocks see most keys: begin with them
-    # Row r owns the blocks from query_starts[r] // BLOCK_Q + r on: at least as many as its queries need.
-    low = 0
-    high = num_rows
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(query_starts_ptr + middle) // BLOCK_Q + middle <= block:
-            low = middle + 1
-        else:
-            high = middle
-    row = low - 1
-    row_start = tl.load(query_starts_ptr + row)
-    query_len = tl.load(query_starts_ptr + row + 1) - row_start
-    first_query = (block - (row_start // BLOCK_Q + row)) * BLOCK_Q
-    if (query_len <= 1) | (first_query >= query_len):
-        return
-    seq_len = tl.load(seq_lens_ptr + row)
-    slot = tl.load(slots_ptr + row).to(tl.int64)
     pairs = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     query = first_query + pairs // G
     is_pair = (pairs < BLOCK_Q * G) & (query < query_len)
     is_real = is_pair[:, None] & (dims < D)[None, :]
-    token = (row_start + query).to(tl.int64)
+    token = (first_token + query).to(tl.int64)
     columns = (kv_head * G + pairs % G)[:, None] * D + dims[None, :]
     q = tl.load(q_ptr + (token * q_stride)[:, None] + columns, mask=is_real, other=0.0)
     if k_scale_ptr is not None:
         scale_log2 *= tl.load(k_scale_ptr + kv_head * SCALE_STRIDE)
     cache_ptr = kv_cache_ptr + kv_head.to(tl.int64) * (S * D)
-    table_ptr = block_tables_ptr + slot * table_stride
     position = seq_len - query_len + query
     first_position = seq_len - query_len + first_query
     end = tl.minimum(first_position + BLOCK_Q, seq_len)
@@ -459,13 +506,21 @@ class Launch:
         return {**self.constexprs, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
+@cache
 def plan_launch(num_rows: int, granule: int) -> Launch:
     """How _plan_kernel is compiled for steps of num_rows rows."""
     block = max(next_power_of_2(num_rows), 32)
-    constexprs = {"GRANULE": granule, "ITEM_FIELDS": ITEM_FIELDS, "SPLIT_FIELDS": SPLIT_FIELDS, "BLOCK_R": block}
+    constexprs = {
+        "GRANULE": granule,
+        "ITEM_FIELDS": ITEM_FIELDS,
+        "SPLIT_FIELDS": SPLIT_FIELDS,
+        "PROMPT_FIELDS": PROMPT_FIELDS,
+        "BLOCK_R": block,
+    }
     return Launch(constexprs, num_warps=min(max(block // 128, 1), 8), num_stages=1)
 
 
+@cache
 def decode_launch(shape: AttentionShape, arch: str, tile: Tile | None = None) -> Launch:
     """How _decode_attention_kernel is compiled. tile: instead of the architecture's, of which block_m is not used."""
     tile = tile or decode_tile(arch, shape.block_d, shape.query_bytes, shape.cache_bytes)
@@ -478,6 +533,7 @@ def decode_launch(shape: AttentionShape, arch: str, tile: Tile | None = None) ->
     return Launch(constexprs | blocks, tile.num_warps, tile.num_stages)
 
 
+@cache
 def merge_launch(shape: AttentionShape) -> Launch:
     """How _merge_pieces_kernel is compiled, on every architecture."""
     constexprs = {
@@ -492,6 +548,7 @@ def merge_launch(shape: AttentionShape) -> Launch:
     return Launch(constexprs, num_warps=4, num_stages=1)
 
 
+@cache
 def prefill_launch(shape: AttentionShape, arch: str, tile: Tile | None = None) -> Launch:
     """How _prefill_attention_kernel is compiled. tile: instead of the architecture's."""
     tile = tile or prefill_tile(arch, shape.block_d, shape.query_bytes)
@@ -500,7 +557,8 @@ def prefill_launch(shape: AttentionShape, arch: str, tile: Tile | None = None) -
         "BLOCK_D": shape.block_d,
         "BLOCK_N": tile.block_n,
     }
-    return Launch(_layer_constexprs(shape) | blocks, tile.num_warps, tile.num_stages)
+    constexprs = _layer_constexprs(shape) | {"PROMPT_FIELDS": PROMPT_FIELDS}
+    return Launch(constexprs | blocks, tile.num_warps, tile.num_stages)
 
 
 def _layer_constexprs(shape: AttentionShape) -> dict[str, Any]:
@@ -520,7 +578,7 @@ def launch_plan_attention(rows: DeviceRows) -> None:
     plan, num_rows = rows.plan, rows.seq_lens.shape[0]
     assert num_rows + plan.target_items <= plan.items.shape[0], "the plan was made for fewer rows"
     _plan_kernel[(1,)](
-        rows.query_starts, rows.seq_lens, rows.slots, plan.items, plan.splits, plan.counts, num_rows,
+        rows.query_starts, rows.seq_lens, rows.slots, plan.items, plan.splits, plan.prompts, plan.counts, num_rows,
         plan.target_items, **plan_launch(num_rows, plan.granule).arguments,
     )  # fmt: skip
 
@@ -574,7 +632,7 @@ def launch_decode_attention(
         scale * LOG2_E, q.stride(0), rows.block_tables.stride(0), **decode_launch(shape, arch, tile).arguments,
     )  # fmt: skip
     num_splits = min(rows.seq_lens.shape[0], plan.target_items)
-    _merge_pieces_kernel[(num_splits, shape.num_heads)](
+    _merge_pieces_kernel[(min(num_splits * shape.num_heads, plan.num_programs),)](
         plan.partials, plan.stats, plan.splits, plan.counts, v_scale, out, **merge_launch(shape).arguments
     )
 
@@ -594,12 +652,15 @@ def launch_prefill_attention(
     tile: Tile | None = None,
 ) -> None:
     """Write out, [T, H, D], for the rows of several queries."""
-    shape = _shape_of(q, kv_cache, window, soft_cap, k_scale, v_scale)
-    launch, num_rows = prefill_launch(shape, arch, tile), rows.seq_lens.shape[0]
-    num_blocks = q.shape[0] // (launch.constexprs["BLOCK_M"] // shape.group) + num_rows
-    _prefill_attention_kernel[(num_blocks, shape.num_kv_heads)](
-        q, kv_cache, out, rows.query_starts, rows.seq_lens, rows.slots, rows.block_tables, k_scale, v_scale,
-        scale * LOG2_E, num_rows, q.stride(0), rows.block_tables.stride(0), **launch.arguments,
+    shape, plan = _shape_of(q, kv_cache, window, soft_cap, k_scale, v_scale), rows.plan
+    launch, num_tokens = prefill_launch(shape, arch, tile), q.shape[0]
+    # A prompt has two queries at least.
+    num_blocks = num_tokens // (launch.constexprs["BLOCK_M"] // shape.group) + min(
+        rows.seq_lens.shape[0], num_tokens // 2
+    )
+    _prefill_attention_kernel[(min(num_blocks * shape.num_kv_heads, plan.num_programs),)](
+        q, kv_cache, out, plan.prompts, plan.counts, rows.block_tables, k_scale, v_scale, scale * LOG2_E, q.stride(0),
+        rows.block_tables.stride(0), **launch.arguments,
     )  # fmt: skip
 
 

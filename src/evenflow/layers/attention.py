@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from evenflow.kernels.attention import AttentionBatch, paged_attention
@@ -26,7 +27,13 @@ class LayerBatch:
 
 
 class SelfAttention(nn.Module):
-    """[T, hidden] -> [T, hidden]. kv_cache: this layer's [num_blocks, 2, Hkv, block_size, head_dim], written first."""
+    """[T, hidden] -> [T, hidden]. kv_cache: this layer's [num_blocks, 2, Hkv, block_size, head_dim], written first.
+
+    k_scale, v_scale: [1] float32, what the keys and values of a cache of 8 bits are to be multiplied by.
+    """
+
+    k_scale: Tensor
+    v_scale: Tensor
 
     def __init__(
         self,
@@ -51,6 +58,8 @@ class SelfAttention(nn.Module):
         self.o_proj = RowParallelLinear("o_proj", num_heads * head_dim, hidden_size, out_bias, place)
         self.q_norm = RMSNorm(head_dim, head_norm_eps, place) if head_norm_eps is not None else None
         self.k_norm = RMSNorm(head_dim, head_norm_eps, place) if head_norm_eps is not None else None
+        for name in ("k_scale", "v_scale"):
+            self.register_buffer(name, torch.ones(1, dtype=torch.float32, device=place.device), persistent=False)
 
     def forward(self, x: Tensor, batch: LayerBatch, kv_cache: Tensor) -> Tensor:
         H, Hkv = self.num_heads, self.num_kv_heads
@@ -64,6 +73,21 @@ class SelfAttention(nn.Module):
             store_kv(qkv[:, H:], kv_cache, rows.store_index)
             out = paged_attention(qkv[:, :H], kv_cache, rows, self.scale, self.window)
         else:
-            rotary_and_store(qkv, kv_cache, batch.cos, batch.sin, rows.positions, rows.store_index, H, Hkv)
-            out = device_attention(qkv[:, :H], kv_cache, rows, self.scale, self.window)
+            scales = (self.k_scale, self.v_scale) if kv_cache.dtype.itemsize == 1 else (None, None)
+            rotary_and_store(qkv, kv_cache, batch.cos, batch.sin, rows.positions, rows.store_index, H, Hkv, *scales)
+            out = device_attention(qkv[:, :H], kv_cache, rows, self.scale, self.window, None, *scales)
         return self.o_proj(out.reshape(-1, H * self.head_dim))
+
+
+def cache_scales(model: nn.Module) -> dict[str, Tensor]:
+    """k_scale and v_scale of every layer, by the names that checkpoints give them."""
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, SelfAttention)}
+    return {f"{path}.{name}": getattr(layer, name) for path, layer in layers.items() for name in ("k_scale", "v_scale")}
+
+
+@torch.no_grad()
+def fit_cache_scales(model: nn.Module, cache_dtype: torch.dtype) -> None:
+    """Scales are made for e4m3fn. The same bits are half of it in e4m3fnuz: doubled, they keep the same bits there."""
+    if cache_dtype == torch.float8_e4m3fnuz:
+        for scale in cache_scales(model).values():
+            scale.mul_(2.0)

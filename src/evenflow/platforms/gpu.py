@@ -1,6 +1,8 @@
 """Facts about the GPU that PyTorch sees, of either vendor."""
 
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from evenflow.platforms.platform import Platform
@@ -60,6 +62,21 @@ def detect() -> Platform | None:
     )
 
 
+def fp8_dtype_of(arch: str) -> str | None:
+    """torch's name of the 8-bit float that an architecture converts in hardware."""
+    return _by_prefix(FP8_DTYPES, arch)
+
+
+def driver_version() -> str:
+    """Of the kernel's module; for one that came with the kernel, the kernel's."""
+    for module in ("nvidia", "amdgpu"):
+        try:
+            return Path(f"/sys/module/{module}/version").read_text().strip()
+        except OSError:
+            pass  # not this one, or without a version of its own
+    return platform.release()
+
+
 def platform_of(facts: DeviceFacts) -> Platform:
     """A pure function of the facts."""
     arch = facts.hip_arch.split(":")[0] if facts.hip_arch else "sm_{}{}".format(*facts.capability)
@@ -69,7 +86,7 @@ def platform_of(facts: DeviceFacts) -> Platform:
         device="cuda",
         arch=arch,
         warp_size=facts.warp_size,
-        fp8_dtype=_by_prefix(FP8_DTYPES, arch),
+        fp8_dtype=fp8_dtype_of(arch),
         lds_bytes=_by_prefix(LDS_BYTES, arch) or 48 * KIB,
         supports_graphs=True,
         memory_bytes=facts.memory_bytes,

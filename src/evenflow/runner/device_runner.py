@@ -15,8 +15,9 @@ from torch import Tensor
 from evenflow.config import Settings
 from evenflow.distributed import TensorParallel
 from evenflow.kernels.paged_attention import AttentionPlan, DeviceRows, make_plan, plan_attention
+from evenflow.kernels.self_check import CheckedShape
 from evenflow.kernels.step_inputs import expand_rows
-from evenflow.layers.attention import LayerBatch
+from evenflow.layers.attention import LayerBatch, fit_cache_scales
 from evenflow.layers.loading import Placement
 from evenflow.layers.rotary import cos_sin
 from evenflow.model_config import ModelConfig
@@ -27,6 +28,7 @@ from evenflow.runner.device_sampler import DeviceSampler, Sampled
 from evenflow.runner.graphs import Graphs, round_up
 from evenflow.runner.kv_cache import MemoryPlan, make_caches, plan_device_memory
 from evenflow.runner.sampler import to_lists
+from evenflow.runner.start_check import check_at_start
 from evenflow.runner.stream import GpuStream, Stream
 from evenflow.runner.weights import fill_dummy, load_weights
 
@@ -46,10 +48,30 @@ class Pending:
     prompt_logprobs: dict[int, Chunks] = field(default_factory=dict)
 
 
+def _checked_shape(settings: Settings, model: ModelConfig, tp: TensorParallel) -> CheckedShape:
+    """What this rank's kernels are compiled for."""
+    return CheckedShape(
+        dtype=settings.dtype,
+        cache_dtype=settings.kv_cache_dtype,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size // tp.size,
+        num_heads=model.num_heads // tp.size,
+        num_kv_heads=max(model.num_kv_heads // tp.size, 1),
+        head_dim=model.head_dim,
+        vocab_size=model.vocab_size,
+        block_size=settings.block_size,
+        windows=tuple(sorted({window or 0 for window in model.windows})),
+        has_head_norm=model.model_type == "qwen3",
+    )
+
+
 class DeviceRunner:
     """Turns StepPlans into StepResults, two in flight. `directory` is not read with load_format="dummy".
 
-    Raises ValueError when the weights do not fit the configuration, or the cache would not hold one request.
+    Raises ValueError when the weights do not fit the configuration, or the cache would not hold one request, and
+    KernelError, a RuntimeError, when a kernel does not compute on this device what its reference does.
+
+    kernel_account: one line about that comparison; "" where no kernel runs.
     """
 
     def __init__(
@@ -63,12 +85,15 @@ class DeviceRunner:
         self.stream = stream or GpuStream(torch.device(settings.device))
         self.device, self.settings, self.model_config = self.stream.device, settings, model_config
         self.max_in_flight = 2 if settings.enable_overlap else 1
-        place = Placement(self.device, getattr(torch, settings.dtype), tp or TensorParallel())
+        tp = tp or TensorParallel()
+        self.kernel_account = check_at_start(_checked_shape(settings, model_config, tp), self.device)
+        place = Placement(self.device, getattr(torch, settings.dtype), tp)
         self.model = make_model(model_config, place)
         if settings.load_format == "dummy":
             fill_dummy(self.model, settings.seed)
         else:
             load_weights(self.model, directory, is_tied=model_config.tie_word_embeddings)
+        fit_cache_scales(self.model, getattr(torch, settings.kv_cache_dtype))
         self.max_tokens = round_up(settings.max_num_batched_tokens, 16)
         self._token_ids = torch.zeros(self.max_tokens, dtype=torch.int64, device=self.device)
         self._positions = torch.zeros_like(self._token_ids)

@@ -8,10 +8,10 @@ from torch import Tensor
 from evenflow.config import DTYPE_BYTES, Settings
 from evenflow.model_config import ModelConfig
 from evenflow.platforms import cpu
+from evenflow.runner.graphs import MAX_GRAPH_TOKENS
 
 MAX_CPU_SHARE = 0.5  # of the free memory: a CPU's memory is the whole machine's
-GRAPH_ACTIVATIONS = 0.25  # graphs keep the temporaries of a step of 2,048 tokens, the largest step has 8,192
-GRAPH_BYTES = 512 * 2**20  # and what the driver keeps of some fifty graphs
+GRAPH_BYTES = 512 * 2**20  # what the driver keeps of some fifty graphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,11 @@ def plan_device_memory(settings: Settings, model: ModelConfig, weight_bytes: int
         return _plan(settings, model, weight_bytes, activation_bytes, cpu.available_memory_bytes() // 8)
     torch.cuda.empty_cache()
     free_bytes, total_bytes = torch.cuda.mem_get_info()
-    graph_bytes = int(GRAPH_ACTIVATIONS * activation_bytes + GRAPH_BYTES) if settings.enable_graphs else 0
+    graph_bytes = 0
+    if settings.enable_graphs:  # graphs keep the temporaries of their largest step
+        graph_bytes = GRAPH_BYTES + activation_bytes * MAX_GRAPH_TOKENS // max(
+            settings.max_num_batched_tokens, MAX_GRAPH_TOKENS
+        )
     not_ours = (1.0 - settings.gpu_memory_utilization) * total_bytes
     left_bytes = int(free_bytes - not_ours) - activation_bytes - graph_bytes
     return _plan(settings, model, weight_bytes, activation_bytes, left_bytes, graph_bytes)

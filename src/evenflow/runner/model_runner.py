@@ -50,6 +50,7 @@ class ModelRunner:
         self.sampler = Sampler(settings.max_num_seqs, model_config.vocab_size, self.device)
 
     max_in_flight = 1
+    kernel_account = ""  # no kernel runs on a CPU
 
     def launch(self, plan: StepPlan, masks: TokenMasks | None = None) -> StepResult:
         return self.execute(plan, masks)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
+from evenflow.layers.attention import cache_scales
 from evenflow.layers.loading import Slot, checkpoint_slots
 from evenflow.model_files import weight_files
 
@@ -16,8 +17,11 @@ DUMMY_STD = 0.02  # what most models are initialised with
 
 
 def load_weights(model: nn.Module, directory: Path, *, is_tied: bool) -> None:
-    """Read the checkpoint of `directory`. Raises ValueError naming the tensor that is missing, surplus or misshaped."""
-    slots = checkpoint_slots(model)
+    """Read the checkpoint of `directory`. Raises ValueError naming the tensor that is missing, surplus or misshaped.
+
+    Scales of the cache may be missing, all of them; then they stay 1.
+    """
+    slots, scales = checkpoint_slots(model), cache_scales(model)
     filled: set[str] = set()
     for path in weight_files(directory):
         with _open(path) as file:
@@ -27,12 +31,17 @@ def load_weights(model: nn.Module, directory: Path, *, is_tied: bool) -> None:
                 if name == "lm_head.weight" and is_tied and name not in slots:
                     _check_tied(file, directory)
                     continue
+                if name in scales:
+                    _fill_scale(scales.pop(name), file, name, path.name)
+                    continue
                 if name not in slots:
                     raise ValueError(f"{path.name}: tensor {name!r} has no place in {type(model).__name__}")
                 if name in filled:
                     raise ValueError(f"{path.name}: tensor {name!r} is there twice")
                 _fill(slots[name], file, name, path.name)
                 filled.add(name)
+    if 0 < len(scales) < len(cache_scales(model)):
+        raise ValueError(f"{directory} has scales of the KV cache for some layers only; {min(scales)!r} is missing")
     if missing := slots.keys() - filled:
         raise ValueError(f"{directory} lacks {len(missing)} tensors, first {min(missing)!r}")
 
@@ -46,6 +55,13 @@ def _fill(slot: Slot, file: "safe_open", name: str, file_name: str) -> None:
             f"{file_name}: tensor {name!r} has shape {list(shape)}, config.json asks for {list(slot.shape)}"
         )
     slot.target.copy_(part[slot.index or slice(None)])
+
+
+def _fill_scale(target: Tensor, file: "safe_open", name: str, file_name: str) -> None:
+    value = file.get_tensor(name).float()
+    if value.numel() != 1 or not 0 < value.item() < float("inf"):
+        raise ValueError(f"{file_name}: tensor {name!r} must be one positive number to scale the KV cache by")
+    target.fill_(value.item())
 
 
 def _check_tied(file: "safe_open", directory: Path) -> None:

@@ -110,8 +110,9 @@ class Endpoints:
         return json_response(tokenizer_info(self.front))
 
     async def health(self, request: Request) -> Response:
-        """The process answers."""
-        return json_response({"status": "alive"})
+        """The process answers; kernels: of a device, whether they were found right at the start."""
+        account = self.front.client.kernel_account
+        return json_response({"status": "alive"} | ({"kernels": account} if account else {}))
 
     async def ready(self, request: Request) -> Response:
         """The engine takes requests and steps."""

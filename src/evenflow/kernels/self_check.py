@@ -1,0 +1,375 @@
+"""Does every kernel compute on this device what its reference does? On small inputs of a model's own shape.
+
+Owns the inputs, the comparisons and their bounds. When it is asked, and how long an answer holds, is the runner's.
+References run on the CPU, so that nothing of the device's own is trusted.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evenflow.kernels.draw import launch_draw
+from evenflow.kernels.filter import filter_thresholds, launch_filter_thresholds
+from evenflow.kernels.logprobs import launch_token_logprobs, token_logprobs
+from evenflow.kernels.masks import apply_masks_, launch_apply_masks_
+from evenflow.kernels.paged_attention import (
+    DeviceRows,
+    launch_paged_attention,
+    launch_plan_attention,
+    make_plan,
+    paged_attention,
+)
+from evenflow.kernels.penalties import apply_penalties_, launch_apply_penalties_
+from evenflow.kernels.philox import log_noise
+from evenflow.kernels.rms_norm import add_rms_norm, launch_add_rms_norm, launch_rms_norm, rms_norm
+from evenflow.kernels.rotary import launch_rotary_and_store, rotary_and_store
+from evenflow.kernels.sampling_table import pack_params
+from evenflow.kernels.silu_and_mul import launch_silu_and_mul, silu_and_mul
+from evenflow.kernels.step_inputs import (
+    expand_rows_ref,
+    launch_expand_rows,
+    launch_scatter_words,
+    scatter_words,
+)
+
+NUM_TOKENS = 19
+MAX_WINDOW = 8192  # rows of larger windows would cost more than they tell
+# Kernel and reference round at different places: two units in the last place, and what sums in float32 differ by.
+# Interpreted kernels were at most 0.8 units off in float16 and bfloat16, and 8e-7 in float32.
+UNITS, FLOAT32_SUMS = 2.0, 2e-5
+EIGHT_BIT_SHARE = 5e-3  # of the mean: few of the values that are rounded to 8 bits lie so near to the middle
+TOP_P_SHIFT = 1e-5  # by how much of the mass sums in float32 may be off
+EPS = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedShape:
+    """What of a model decides how its kernels are compiled, on one rank. windows: of its layers, 0 for none."""
+
+    dtype: str
+    cache_dtype: str
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    block_size: int
+    windows: tuple[int, ...]
+    has_head_norm: bool
+
+    def __str__(self) -> str:
+        cache = "" if self.cache_dtype == self.dtype else f" with a cache of {self.cache_dtype}"
+        return f"{self.num_heads}/{self.num_kv_heads} heads of {self.head_dim} in {self.dtype}{cache}"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """error: how far a kernel is from its reference; bound: how far it may be, in the same unit."""
+
+    kernel: str
+    error: float
+    bound: float
+
+    @property
+    def is_right(self) -> bool:
+        return self.error <= self.bound  # NaN is not
+
+
+class KernelError(RuntimeError):
+    """A kernel does not run, or computes something else than its reference."""
+
+
+def check_kernels(shape: CheckedShape, device: torch.device) -> list[Comparison]:
+    """Compare every kernel that a model of this shape uses. Raises KernelError if one does not even run.
+
+    device: where they are launched; a CPU only under an interpreter.
+    """
+    found: list[Comparison] = []
+    for kernel, check in CHECKS.items():
+        try:
+            found += check(_Inputs(shape, device))
+        except Exception as error:  # the compiler's and the driver's have no common type
+            raise KernelError(f"kernel {kernel} does not run: {type(error).__name__}: {error}") from error
+    return found
+
+
+class _Inputs:
+    """Random inputs on the CPU, the same every time, and their way to the device."""
+
+    def __init__(self, shape: CheckedShape, device: torch.device) -> None:
+        self.shape, self.device = shape, device
+        self.dtype, self.cache_dtype = getattr(torch, shape.dtype), getattr(torch, shape.cache_dtype)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def normal(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(size, generator=self.generator).to(dtype or self.dtype)
+
+    def integers(self, high: int, *size: int) -> Tensor:
+        return torch.randint(high, size, generator=self.generator, dtype=torch.int32)
+
+    def kv_scales(self) -> list[Tensor]:
+        """Of keys and of values, where the cache has 8 bits; else none."""
+        return [torch.tensor([scale]) for scale in (0.6, 0.3)] if self.cache_dtype.itemsize == 1 else []
+
+    def on_device(self, *tensors: Tensor) -> list[Tensor]:
+        """Copies, also where the device is the CPU."""
+        return [tensor.to(self.device, copy=True) for tensor in tensors]
+
+
+def _floats(kernel: str, found: Tensor, expected: Tensor) -> Comparison:
+    """The largest difference, as a share of the value and a typical one. What is infinite must be so in both."""
+    bound = UNITS * torch.finfo(expected.dtype).eps + FLOAT32_SUMS
+    found, expected = found.cpu().double(), expected.double()
+    sizes = expected.abs().masked_fill(~expected.isfinite(), 0.0)
+    difference = (found - expected).abs().masked_fill(found == expected, 0.0)
+    error = (difference / (sizes + sizes.square().mean().sqrt())).nan_to_num(nan=math.inf).max().item()
+    return Comparison(kernel, error, bound)
+
+
+def _exact(kernel: str, *pairs: tuple[Tensor, Tensor]) -> Comparison:
+    """The number of values that differ: none may."""
+    return Comparison(kernel, float(sum(int((found.cpu() != expected).sum()) for found, expected in pairs)), 0.0)
+
+
+def _check_rms_norm(inputs: _Inputs) -> Iterator[Comparison]:
+    shape = inputs.shape
+    x, residual = inputs.normal(2, NUM_TOKENS, shape.hidden_size)
+    weight = 1 + 0.1 * inputs.normal(shape.hidden_size)
+    dx, dresidual, dweight = inputs.on_device(x, residual, weight)
+    yield _floats("rms_norm", launch_rms_norm(dx, dweight, EPS), rms_norm(x, weight, EPS))
+    found, expected = launch_add_rms_norm(dx, dresidual, dweight, EPS), add_rms_norm(x, residual, weight, EPS)
+    for a, b in zip(found, expected, strict=True):
+        yield _floats("add_rms_norm", a, b)
+    if shape.has_head_norm:
+        joint = inputs.normal(NUM_TOKENS, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
+        weight = 1 + 0.1 * inputs.normal(shape.head_dim)
+        djoint, dweight = inputs.on_device(joint, weight)
+        heads = launch_rms_norm(djoint[:, : shape.num_heads], dweight, EPS)
+        yield _floats("rms_norm of heads", heads, rms_norm(joint[:, : shape.num_heads], weight, EPS))
+
+
+def _check_silu_and_mul(inputs: _Inputs) -> Iterator[Comparison]:
+    x = 3 * inputs.normal(NUM_TOKENS, 2 * inputs.shape.intermediate_size)
+    yield _floats("silu_and_mul", launch_silu_and_mul(*inputs.on_device(x)), silu_and_mul(x))
+
+
+def _check_rotary_and_store(inputs: _Inputs) -> Iterator[Comparison]:
+    shape = inputs.shape
+    num_blocks, num_positions = 3 + NUM_TOKENS // shape.block_size, 50
+    qkv = inputs.normal(NUM_TOKENS, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
+    cache = torch.zeros(num_blocks, 2, shape.num_kv_heads, shape.block_size, shape.head_dim).to(inputs.cache_dtype)
+    angles = 3 * inputs.normal(num_positions, shape.head_dim // 2, dtype=torch.float32)
+    positions = inputs.integers(num_positions, NUM_TOKENS).long()
+    store_index = torch.randperm(num_blocks * shape.block_size, generator=inputs.generator)[:NUM_TOKENS]
+    store_index[5] = -1
+    scales = inputs.kv_scales()
+    heads = (shape.num_heads, shape.num_kv_heads)
+    dqkv, dcache, dcos, dsin, dpositions, dindex = inputs.on_device(
+        qkv, cache, angles.cos(), angles.sin(), positions, store_index
+    )
+    launch_rotary_and_store(dqkv, dcache, dcos, dsin, dpositions, dindex, *heads, *inputs.on_device(*scales))
+    rotary_and_store(qkv, cache, angles.cos(), angles.sin(), positions, store_index, *heads, *scales)
+    yield _floats("rotary_and_store", dqkv, qkv)
+    if cache.dtype.itemsize > 1:
+        yield _floats("rotary_and_store", dcache, cache)
+        return
+    expected = cache.float()
+    difference = (dcache.cpu().float() - expected).abs().mean().item()
+    yield Comparison("rotary_and_store", difference, EIGHT_BIT_SHARE * expected.abs().mean().item())
+
+
+def _check_paged_attention(inputs: _Inputs) -> Iterator[Comparison]:
+    for window in sorted(set(inputs.shape.windows)):
+        longest = min(window, MAX_WINDOW) + 70 if window else 300
+        for rows in ([(1, longest), (1, 17), (0, 0)], [(9, 40), (1, longest), (35, 35), (1, 1), (3, longest)]):
+            yield _attention(inputs, rows, window or None)
+
+
+def _attention(inputs: _Inputs, rows: list[tuple[int, int]], window: int | None) -> Comparison:
+    """rows: (queries, keys) of each."""
+    shape = inputs.shape
+    counts = torch.tensor([-(-keys // shape.block_size) for _, keys in rows])
+    num_blocks = int(counts.sum())
+    blocks = torch.randperm(num_blocks, generator=inputs.generator).to(torch.int32)
+    tables = torch.zeros(len(rows), int(counts.max()), dtype=torch.int32)
+    tables[torch.arange(tables.shape[1]) < counts[:, None]] = blocks
+    cache = inputs.normal(num_blocks, 2, shape.num_kv_heads, shape.block_size, shape.head_dim, dtype=inputs.cache_dtype)
+    query_lens = [queries for queries, _ in rows]
+    starts = torch.tensor([0, *np.cumsum(query_lens)], dtype=torch.int32)
+    joint = inputs.normal(int(starts[-1]), shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
+    seq_lens = torch.tensor([keys for _, keys in rows], dtype=torch.int32)
+
+    def arguments(device: torch.device) -> tuple[Tensor, Tensor, DeviceRows]:
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)  # the keys are in the cache already
+        step = DeviceRows(
+            query_starts=starts.to(device),
+            seq_lens=seq_lens.to(device),
+            slots=torch.arange(len(rows), dtype=torch.int32, device=device),
+            block_tables=tables.to(device),
+            store_index=nothing,
+            positions=nothing,
+            max_query_len=max(query_lens),
+            plan=make_plan(
+                len(rows), shape.num_heads, shape.num_kv_heads, shape.head_dim, device, target_items=16, granule=64
+            ),
+        )
+        return joint.to(device)[:, : shape.num_heads], cache.to(device), step
+
+    scale, scales = shape.head_dim**-0.5, inputs.kv_scales()
+    expected = paged_attention(*arguments(torch.device("cpu")), scale, window, None, *scales)
+    q, kv_cache, step = arguments(inputs.device)
+    launch_plan_attention(step)
+    found = launch_paged_attention(q, kv_cache, step, scale, window, None, *inputs.on_device(*scales))
+    return _floats("paged_attention", found, expected)
+
+
+def _check_step_inputs(inputs: _Inputs) -> Iterator[Comparison]:
+    block_size, length = inputs.shape.block_size, 80
+    query_starts = torch.tensor([0, 1, 8, 8, 17, 17], dtype=torch.int32)
+    starts = torch.tensor([41, 0, 0, 30, 0], dtype=torch.int32)
+    slots = torch.tensor([3, 0, 0, 5, 0], dtype=torch.int32)
+    buffer = inputs.integers(inputs.shape.vocab_size, 6, length)
+    tables = inputs.integers(10**6, 6, -(-length // block_size))
+    expected, places = torch.full((3, 32), -9), torch.full((3, 32), -9)
+    expand_rows_ref(query_starts, starts, slots, buffer, tables, block_size, *expected)
+    dqueries, dstarts, dslots, dbuffer, dtables, found = inputs.on_device(
+        query_starts, starts, slots, buffer, tables, places
+    )
+    launch_expand_rows(dqueries, dstarts, dslots, dbuffer, dtables, block_size, found[0], found[1], found[2])
+    yield _exact("expand_rows", (found, expected))
+    updates = torch.stack([torch.randperm(480, generator=inputs.generator)[:300], torch.arange(300)]).to(torch.int32)
+    (dupdates,) = inputs.on_device(updates)
+    launch_scatter_words(dbuffer, dupdates, 290)
+    scatter_words(buffer, updates, 290)
+    yield _exact("scatter_words", (dbuffer, buffer))
+
+
+# Requests that between them use every path of the sampling kernels; the last row is padding.
+_REQUESTS = (
+    {"seed": 3},
+    {"temperature": 0.0},
+    {"temperature": 0.7, "seed": 2**63 + 9, "num_prompt_tokens": 4},
+    {"top_k": 20, "seed": 2**40},
+    {"top_p": 0.9, "temperature": 1.3, "seed": 11},
+    {"min_p": 0.1, "seed": 12},
+    {"top_k": 50, "top_p": 0.6, "min_p": 0.001, "temperature": 0.8, "seed": 2**32},
+    {"repetition": 1.3, "num_prompt_tokens": 5},
+    {"presence": 0.5, "frequency": -0.2, "num_prompt_tokens": 5},
+)
+_SLOTS, _LENGTHS = (*range(len(_REQUESTS)), -1), (30, 40, 9, 11, 12, 13, 14, 50, 60, 0)
+
+
+def _table(top_p_shift: float = 0.0) -> Tensor:
+    rows = []
+    for request in _REQUESTS:
+        top_p = request.get("top_p", 1.0)
+        rows.append(pack_params(**{**request, "top_p": top_p + top_p_shift if top_p < 1 else 1.0}))  # type: ignore[arg-type]
+    return torch.from_numpy(np.stack(rows))
+
+
+def _rows() -> tuple[Tensor, Tensor]:
+    return torch.tensor(_SLOTS, dtype=torch.int32), torch.tensor(_LENGTHS, dtype=torch.int32)
+
+
+def _logits(inputs: _Inputs, dtype: torch.dtype) -> Tensor:
+    return 3 * inputs.normal(len(_SLOTS), inputs.shape.vocab_size, dtype=dtype)
+
+
+def _check_draw(inputs: _Inputs) -> Iterator[Comparison]:
+    """Of logits as the model gives them; and of float32, which edited ones are, with thresholds and a buffer."""
+    (slots, lengths), table = _rows(), _table()
+    raw = _logits(inputs, inputs.dtype)
+    found = launch_draw(*inputs.on_device(raw, table, slots, lengths))
+    yield Comparison("draw", _lost_score(raw, found.cpu(), None), 1e-3)
+    logits = _logits(inputs, torch.float32)
+    thresholds = filter_thresholds(logits, table, slots)
+    buffer = inputs.integers(inputs.shape.vocab_size, len(_REQUESTS), 64)
+    on_device = inputs.on_device(logits, table, slots, lengths, buffer, thresholds)
+    found = launch_draw(*on_device).cpu()
+    yield Comparison("draw", _lost_score(logits, found, thresholds), 1e-3)
+    rows = slots >= 0
+    buffer[slots[rows].long(), lengths[rows].long()] = found[rows].clamp(min=0)
+    yield _exact("draw", (on_device[4], buffer))
+
+
+def _lost_score(logits: Tensor, tokens: Tensor, thresholds: Tensor | None) -> float:
+    """How much less the tokens score than the best ones do; infinite where there should be none, or should be one."""
+    num_rows = len(_REQUESTS)
+    if tokens[num_rows:].tolist() != [-1] * (len(tokens) - num_rows) or (tokens[:num_rows] < 0).any():
+        return math.inf
+    if (tokens >= logits.shape[1]).any():
+        return math.inf
+    temperatures = torch.tensor([float(request.get("temperature", 1.0)) for request in _REQUESTS])
+    is_greedy = temperatures == 0
+    scores = logits[:num_rows].float() / temperatures.masked_fill(is_greedy, 1.0)[:, None]
+    if thresholds is not None:
+        hidden = (scores < thresholds[:num_rows, None]) & ~is_greedy[:, None]
+        scores = scores.masked_fill(hidden, -math.inf)
+    seeds = torch.tensor([(int(request.get("seed", 0)) + 2**63) % 2**64 - 2**63 for request in _REQUESTS])
+    prompts = torch.tensor([int(request.get("num_prompt_tokens", 0)) for request in _REQUESTS])
+    noise = log_noise(seeds, torch.tensor(_LENGTHS[:num_rows]) - prompts, logits.shape[1])
+    scores -= noise.masked_fill(is_greedy[:, None], 0.0)
+    return float((scores.amax(-1) - scores.gather(1, tokens[:num_rows, None].long())[:, 0]).max())
+
+
+def _check_filter_thresholds(inputs: _Inputs) -> Iterator[Comparison]:
+    """Thresholds may lie between those of a little more and a little less top_p."""
+    slots, table = _rows()[0], _table()
+    for dtype in dict.fromkeys((inputs.dtype, torch.float32)):
+        logits = _logits(inputs, dtype)
+        dlogits, dtable, dslots = inputs.on_device(logits, table, slots)
+        found = launch_filter_thresholds(dlogits, dtable, dslots).cpu()
+        low, high = (filter_thresholds(logits, _table(shift), slots) for shift in (TOP_P_SHIFT, -TOP_P_SHIFT))
+        outside = torch.maximum(low - found, found - high).masked_fill((found == low) | (found == high), 0.0)
+        yield Comparison("filter_thresholds", max(outside.max().item(), 0.0), 1e-5)
+
+
+def _check_penalties(inputs: _Inputs) -> Iterator[Comparison]:
+    (slots, lengths), table = _rows(), _table()
+    logits = _logits(inputs, torch.float32)
+    buffer = inputs.integers(min(inputs.shape.vocab_size, 40), len(_REQUESTS), 64)
+    scratch = torch.zeros(logits.shape, dtype=torch.int32)
+    on_device = inputs.on_device(logits, buffer, table, slots, lengths, scratch)
+    launch_apply_penalties_(*on_device)
+    apply_penalties_(logits, buffer, table, slots, lengths, scratch)
+    yield _floats("apply_penalties", on_device[0], logits)
+    yield _exact("apply_penalties", (on_device[5], scratch))
+
+
+def _check_masks(inputs: _Inputs) -> Iterator[Comparison]:
+    logits, rows = _logits(inputs, torch.float32), torch.tensor([6, -1, 2])
+    num_words = -(-inputs.shape.vocab_size // 32)
+    bits = torch.randint(-(2**31), 2**31, (3, num_words), generator=inputs.generator).to(torch.int32)
+    on_device = inputs.on_device(logits, rows, bits)
+    launch_apply_masks_(*on_device)
+    apply_masks_(logits, rows, bits)
+    yield _exact("apply_masks", (on_device[0], logits))
+
+
+def _check_token_logprobs(inputs: _Inputs) -> Iterator[Comparison]:
+    logits = _logits(inputs, torch.float32)
+    token_ids = inputs.integers(inputs.shape.vocab_size, len(logits)).long()
+    dlogits, dtokens = inputs.on_device(logits, token_ids)
+    found = launch_token_logprobs(dlogits, dtokens, 5)
+    expected = token_logprobs(logits, token_ids, 5)
+    yield _floats("token_logprobs", found[1], expected[1])
+    yield _exact("token_logprobs", (found[0], expected[0]), (found[2], expected[2]))
+
+
+CHECKS: dict[str, Callable[[_Inputs], Iterator[Comparison]]] = {
+    "rms_norm": _check_rms_norm,
+    "silu_and_mul": _check_silu_and_mul,
+    "rotary_and_store": _check_rotary_and_store,
+    "paged_attention": _check_paged_attention,
+    "expand_rows": _check_step_inputs,
+    "draw": _check_draw,
+    "filter_thresholds": _check_filter_thresholds,
+    "apply_penalties": _check_penalties,
+    "apply_masks": _check_masks,
+    "token_logprobs": _check_token_logprobs,
+}
