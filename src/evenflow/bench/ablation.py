@@ -7,8 +7,11 @@ reason.
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from evenflow.bench import engines
 from evenflow.bench.metrics import mean_and_half_width
@@ -72,7 +75,7 @@ def bench_ablation(
     with Bar("techniques", len(chosen), is_shown=is_shown) as bar:
         for variant in chosen:
             if reason := why_skipped(variant, is_gpu):
-                skipped.append({"name": variant.name, "reason": reason})
+                skipped.append({"name": variant.name, "claim": variant.claim, "reason": reason})
             else:
                 rows.append(_measure(variant, model, base, num_requests, rounds))
             bar.advance(f"{variant.name}: " + (reason or f"{rows[-1]['ratio']:.2f}x"))
@@ -88,7 +91,7 @@ def bench_ablation(
 
 def why_skipped(variant: Variant, is_gpu: bool) -> str:
     if variant.needs_gpu and not is_gpu:
-        return "does nothing on a CPU: there is no launch to hide"
+        return "not applicable on a CPU: there is no launch to hide"
     if variant.option is not None and variant.option not in {f.name for f in dataclasses.fields(EngineConfig)}:
         return f"this version has no option {variant.option}"
     return ""
@@ -164,6 +167,8 @@ def row_of(
         "ratio": rates[0][0] / rates[1][0],
         "longest_step_s": max(run["longest_step_s"] for run in with_it),
         "longest_step_s_without": max(run["longest_step_s"] for run in without),
+        "mean_running": fmean(run["mean_running"] for run in with_it),
+        "mean_running_without": fmean(run["mean_running"] for run in without),
         "runs": list(with_it),
         "runs_without": list(without),
     }
@@ -181,27 +186,26 @@ def _requests(variant: Variant, llm: "LLM", count: int) -> list[BenchRequest]:
 
 def _run(llm: "LLM", requests: Sequence[BenchRequest], salt: int = 0) -> dict[str, float]:
     """One run. salt: shifts the tokens, so that no round finds what the round before left in the prefix cache."""
-    longest = 0.0
-    step: Callable[[], Any] = llm.engine.step
+    running: list[int] = []
+    ends_s: list[float] = []
 
-    def timed_step() -> Any:
-        nonlocal longest
-        start = time.perf_counter()
-        deltas = step()
-        longest = max(longest, time.perf_counter() - start)
-        return deltas
+    def see(_: Any) -> None:
+        running.append(llm.engine.scheduler.num_running)
+        ends_s.append(time.perf_counter())
 
     shifted = [_shifted(request, salt, llm.model_config.vocab_size) for request in requests]
-    llm.engine.step = timed_step  # type: ignore[method-assign]
-    try:
-        start = time.perf_counter()
+    start = time.perf_counter()
+    with engines.watched_steps(llm, see):
         num_tokens = evenflow_runner(llm)(shifted)
-        seconds = time.perf_counter() - start
-    finally:
-        del llm.engine.step
+    seconds = time.perf_counter() - start
     if num_tokens != sum(request.num_output_tokens for request in requests):
         raise RuntimeError("the engine made fewer tokens than asked for; requests failed")
-    return {"seconds": seconds, "tokens_per_s": num_tokens / seconds, "longest_step_s": longest}
+    return {
+        "seconds": seconds,
+        "tokens_per_s": num_tokens / seconds,
+        "longest_step_s": float(np.diff(ends_s, prepend=start).max()),
+        "mean_running": fmean(running),
+    }
 
 
 def _shifted(request: BenchRequest, salt: int, vocab_size: int) -> BenchRequest:

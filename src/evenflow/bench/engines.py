@@ -8,7 +8,8 @@ import gc
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from evenflow.config import Settings
     from evenflow.llm import LLM
     from evenflow.model_config import ModelConfig
+    from evenflow.request import RequestDelta
 
 
 def engine_options(model: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -67,6 +69,23 @@ def resolved(model: str, options: dict[str, Any]) -> "tuple[ModelConfig, Setting
     config = EngineConfig(**engine_options(model, dict(options)))
     model_config = open_model(config).model_config
     return model_config, resolve_settings(config, model_config).settings
+
+
+@contextmanager
+def watched_steps(llm: "LLM", see: "Callable[[list[RequestDelta]], None]") -> Iterator[None]:
+    """Within the block, `see` gets what each step of the engine brought, as soon as it is there."""
+    step = llm.engine.step
+
+    def seen_step() -> "list[RequestDelta]":
+        deltas = step()
+        see(deltas)
+        return deltas
+
+    llm.engine.step = seen_step  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del llm.engine.step
 
 
 def release_memory() -> None:

@@ -1,7 +1,7 @@
 """How long one batch takes: time to first token, time per step, and both limits, over batch sizes and lengths.
 
-Prompts of one cell are of equal length and all wait at the start. The first token's time is that of a run with one
-output token; the time of a step is what the further tokens of a longer run add, divided by their number.
+Prompts of one cell are of equal length and all wait at the start. TTFT is the time until every one of them has its
+first token; the time of a step is what then follows, divided by the number of further tokens.
 """
 
 import itertools
@@ -19,6 +19,7 @@ from evenflow.bench.workload import random_lengths
 
 if TYPE_CHECKING:
     from evenflow.llm import LLM
+    from evenflow.request import RequestDelta
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)
 
@@ -72,29 +73,40 @@ def measure(llm: "LLM", batch: int, input_len: int, output_len: int, num_warmups
     workload = random_lengths(batch, input_len=input_len, output_len=output_len, vocab_size=llm.model_config.vocab_size)
     prompts = [request.prompt for request in workload.requests]
 
-    def run(num_tokens: int) -> float:
-        from evenflow.sampling_params import SamplingParams
-
-        params = SamplingParams(temperature=1.0, max_tokens=num_tokens, ignore_eos=True)
-        start = time.perf_counter()
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        seconds = time.perf_counter() - start
-        if any(len(output.outputs[0].token_ids) != num_tokens for output in outputs):
-            raise RuntimeError("the engine made fewer tokens than asked for; requests failed")
-        return seconds
-
     for _ in range(num_warmups):
-        run(output_len)
-    firsts, wholes = zip(*((run(1), run(output_len)) for _ in range(repeats)), strict=True)
+        run(llm, prompts, output_len)
+    firsts, wholes = zip(*(run(llm, prompts, output_len) for _ in range(repeats)), strict=True)
     return cell_of(batch, input_len, output_len, firsts, wholes)
+
+
+def run(llm: "LLM", prompts: list[Any], num_tokens: int) -> tuple[float, float]:
+    """Seconds until all prompts have (their first token, all their tokens)."""
+    from evenflow.sampling_params import SamplingParams
+
+    params = SamplingParams(temperature=1.0, max_tokens=num_tokens, ignore_eos=True)
+    first_s: dict[str, float] = {}
+
+    def see(deltas: "list[RequestDelta]") -> None:
+        seconds = time.perf_counter() - start
+        for delta in deltas:
+            if delta.new_token_ids:
+                first_s.setdefault(delta.request_id, seconds)
+
+    start = time.perf_counter()
+    with engines.watched_steps(llm, see):
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    whole_s = time.perf_counter() - start
+    if any(len(output.outputs[0].token_ids) != num_tokens for output in outputs):
+        raise RuntimeError("the engine made fewer tokens than asked for; requests failed")
+    return max(first_s.values()), whole_s
 
 
 def cell_of(
     batch: int, input_len: int, output_len: int, firsts: Sequence[float], wholes: Sequence[float]
 ) -> dict[str, Any]:
-    """firsts, wholes: seconds of runs with one and with all output tokens."""
-    first_s, whole_s = statistics.median(firsts), statistics.median(wholes)
-    step_s = (whole_s - first_s) / (output_len - 1)
+    """firsts, wholes: of each run, seconds until all had the first and the last token."""
+    first_s = statistics.median(firsts)
+    step_s = statistics.median(w - f for f, w in zip(firsts, wholes, strict=True)) / (output_len - 1)
     return {
         "batch_size": batch,
         "input_len": input_len,
@@ -106,7 +118,7 @@ def cell_of(
         "step_time_s": step_s,
         "time_per_token_s": step_s / batch,
         "prefill_tokens_per_s": batch * input_len / first_s,
-        "decode_tokens_per_s": batch / step_s if step_s > 0 else None,
+        "decode_tokens_per_s": batch / step_s,
     }
 
 
@@ -120,7 +132,7 @@ def cell_limit(cell: dict[str, Any], work: Work, machine: Machine, bounds: dict[
         "ttft_s": first.ideal_s,
         "step_time_s": step_s,
         "prefill_fraction": first.ideal_s / cell["ttft_s"],
-        "decode_fraction": step_s / cell["step_time_s"] if cell["step_time_s"] > 0 else None,
+        "decode_fraction": step_s / cell["step_time_s"],
         "prefill_binding": first.prefill.binding,
         "decode_binding": whole.decode.binding,
     }

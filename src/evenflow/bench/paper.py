@@ -23,7 +23,6 @@ from evenflow.plan import make_plan, read_model_config
 from evenflow.platforms import inventory
 from evenflow.platforms.specs import Specs, all_specs, match_device
 
-LOADS = (0.25, 0.5, 0.75, 1.0, 1.25)  # request rates of figures 3 to 5, in parts of the measured throughput
 CPU_PROMPTS, GPU_PROMPTS = 64, seed.NUM_REQUESTS
 SERVING_PROMPTS = {True: 64, False: 400}
 LATENCY_FIGURES = {"llama-2-7b": 3, "llama-2-13b": 4, "llama-2-70b": 5}
@@ -53,9 +52,9 @@ def measure(
     models: dict[str, int],
     options: dict[str, Any],
     *,
+    loads: Sequence[float],
     num_prompts: int | None = None,
     repeats: int = 3,
-    loads: Sequence[float] = LOADS,
     workload: Any = None,
     gpu: str | None = None,
     save: Any = None,
@@ -63,6 +62,7 @@ def measure(
 ) -> dict[str, Any]:
     """Run everything. workload: (count, context, vocabulary size) -> Workload, else the built-in sample.
 
+    loads: request rates of figures 3 to 5, in parts of the measured throughput; none: nothing is served.
     save: called with what is there after every part, so that an interrupted run is not lost.
     """
     record: dict[str, Any] = {"kind": "paper", "environment": environment.manifest(), "models": {}}
@@ -319,7 +319,8 @@ def latency_plot(title: str, name: str, curves: dict[str, list[dict[str, Any]]])
         series.append(Series(label, [None if v is None else 1e3 * v for v in latencies], rates))
         limits = [r.get("normalized_latency_limit_s") for r in points]
         if any(limits):
-            series.append(Series(f"limit, {label} alone", [None if v is None else 1e3 * v for v in limits], rates))
+            values = [None if v is None else 1e3 * v for v in limits]
+            series.append(Series(f"limit, {label} alone", values, rates, is_limit=True))
     figure = plots.lines(title, series, "requests/s", "normalized latency, ms per token", log_y=True)
     caption = f"{title}, logarithmic. Dashed: if every request had the machine to itself and met its physical limit."
     return Plot(name, plots.svg(figure), caption)

@@ -26,12 +26,16 @@ STYLE = {
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A line, or the bars of one colour. values: None is left out. errors: half widths of intervals, or None."""
+    """A line, or the bars of one colour. values: None is left out. errors: half widths of intervals, or None.
+
+    is_limit: a dashed line in the colour of the line before it.
+    """
 
     name: str
     values: Sequence[float | None]
     xs: Sequence[float] = ()
     errors: Sequence[float | None] = field(default=())
+    is_limit: bool = False
 
 
 def import_matplotlib() -> Any:
@@ -45,14 +49,16 @@ def import_matplotlib() -> Any:
 def bars(
     title: str, groups: Sequence[str], series: Sequence[Series], ylabel: str, *, digits: int = 0, percent: bool = False
 ) -> "Figure":
-    """Grouped bars with their numbers on top; bars without a value are not drawn."""
+    """Grouped bars with their numbers on top; bars without a value take no place."""
     figure, axes = _new(title, "", ylabel, width=max(7.0, 1.6 + 0.75 * len(groups) * (len(series) + 0.6)))
     width = 0.84 / max(len(series), 1)
+    present = [[s for s, one in enumerate(series) if one.values[group] is not None] for group in range(len(groups))]
     for index, one in enumerate(series):
         xs, heights, errors = [], [], []
         for group, value in enumerate(one.values):
             if value is not None:
-                xs.append(group + (index - (len(series) - 1) / 2) * width)
+                place = present[group].index(index) - (len(present[group]) - 1) / 2
+                xs.append(group + place * width)
                 heights.append(value)
                 errors.append((one.errors[group] if one.errors else None) or 0.0)
         container = axes.bar(
@@ -70,6 +76,7 @@ def bars(
         axes.bar_label(container, labels, padding=2, fontsize=8)
     axes.set_xticks(range(len(groups)), groups)
     axes.margins(y=0.14)
+    axes.set_ylim(bottom=0)  # an interval may reach below
     if percent:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     _legend(axes, len(series))
@@ -81,20 +88,24 @@ def lines(
 ) -> "Figure":
     """Lines with markers."""
     figure, axes = _new(title, xlabel, ylabel)
-    for index, one in enumerate(series):
+    index = -1
+    for one in series:
+        index += not one.is_limit
         points = [(x, y) for x, y in zip(one.xs, one.values, strict=True) if y is not None]
         axes.plot(
             [x for x, _ in points],
             [y for _, y in points],
             color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
+            marker="" if one.is_limit and len(points) > 1 else MARKERS[index % len(MARKERS)],
             markersize=5,
             linewidth=1.6,
-            linestyle="--" if one.name.startswith("limit") else "-",
+            linestyle="--" if one.is_limit else "-",
             label=one.name,
         )
     if log_y:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "235" else "")
     else:
         axes.set_ylim(bottom=0)
     if log_x:

@@ -164,18 +164,21 @@ def ablation(result: dict[str, Any]) -> Table:
             plus_minus(row["tokens_per_s_without"], row["tokens_per_s_without_ci95"], 0),
             f"{row['ratio']:.2f}x",
             row["claim"] or "–",
-            milliseconds(row["longest_step_s"], 0),
-            milliseconds(row["longest_step_s_without"], 0),
+            f"{number(row['mean_running'])} / {number(row['mean_running_without'])}",
+            f"{milliseconds(row['longest_step_s'], 0)} / {milliseconds(row['longest_step_s_without'], 0)}",
         ]
         for row in result["rows"]
     ]
-    header = ("technique", "with, out tokens/s", "without", "ratio", "seed's claim", "longest step ms", "without ")
-    skipped = [f"{entry['name']}: {entry['reason']}" for entry in result["skipped"]]
+    for entry in result["skipped"]:
+        rows.append([entry["name"], "–", "–", "n/a", entry["claim"] or "–", "–", "–"])
+    header = ("technique", "with, out tokens/s", "without", "ratio", "seed's claim", "mean running", "longest step ms")
+    notes = ["mean running, longest step: with / without"]
+    notes += [f"{entry['name']}: {entry['reason']}" for entry in result["skipped"]]
     return Table(
         f"ablation, {result['model_id']}, {result['num_requests']} requests, context {result['context']}",
         header,
         rows,
-        "skipped: " + "; ".join(skipped) if skipped else "",
+        "\n".join(notes),
     )
 
 

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,7 @@ KINDS: dict[str, tuple[str, str]] = {
   evenflow bench startup llama-3.1-8b --repeats 5""",
     ),
 }
+LOADS = (0.25, 0.5, 0.75, 1.0, 1.25)
 DATASETS = ("builtin", "sharegpt", "random", "prefix", "trace")
 
 
@@ -203,8 +204,6 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_paper(parser: argparse.ArgumentParser) -> None:
-    from evenflow.bench.paper import LOADS
-
     parser.add_argument(
         "--models", nargs="+", metavar="MODEL", help="default: the seed's that fit; without a GPU, demo"
     )
@@ -216,7 +215,7 @@ def _add_paper(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=list(LOADS),
         metavar="X",
-        help="rates, in parts of the throughput; none: do not serve",
+        help=f"request rates of figures 3 to 5, in parts of the throughput; none: do not serve ({_spaced(LOADS)})",
     )
     parser.add_argument("--dataset-path", metavar="FILE", help="ShareGPT's JSON, read by the seed's rules")
     parser.add_argument("--output-dir", type=Path, default=Path("paper"), metavar="DIR", help="(%(default)s)")
@@ -489,6 +488,10 @@ def _encoder(tokenizer: str) -> Callable[..., list[list[int]]]:
     from evenflow.tokenizer import Tokenizer
 
     return Tokenizer.from_dir(find_model(tokenizer, with_weights=False)).encode_batch
+
+
+def _spaced(values: Iterable[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)
 
 
 def _percentiles(text: str) -> tuple[float, ...]:

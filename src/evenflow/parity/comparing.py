@@ -15,12 +15,13 @@ from evenflow.parity.certificate import Certificate, Position
 class Bounds:
     """What passes. A disagreement on the best token counts only where the certificate's margin exceeds near_tie.
 
-    The defaults hold between 16-bit and 32-bit runs of the same weights; the same type on the same machine gives gaps
-    of 0.
+    The defaults hold between 16-bit and 32-bit runs of the same weights: the demo model recorded in float32 and checked
+    in bfloat16 has a mean gap of 0.058 and a greatest of 0.20, in float16 0.007 and 0.025, in float32 on the same
+    machine 0. A rope base that is 10 % off has 0.18 and 0.95, and fails. For the same type, stricter bounds make sense.
     """
 
     min_top1: float = 0.99
-    max_mean_gap: float = 0.05
+    max_mean_gap: float = 0.1
     max_gap: float = 0.5
     near_tie: float = 0.1
 
