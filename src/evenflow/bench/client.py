@@ -76,9 +76,9 @@ class Client:
     async def _read(self, chunks: AsyncIterator[bytes], record: RequestRecord, start_s: float) -> None:
         last_s, num_chunks, is_done, has_usage = start_s, 0, False, False
         async for payload in events(chunks):
-            if payload == b"[DONE]":
-                is_done = True
-                break
+            if is_done or payload == b"[DONE]":
+                is_done = True  # read to the end all the same: a body cut short costs its connection
+                continue
             event = _decode(payload)
             if event is None or "error" in event:
                 record.error = f"the stream failed: {_message(payload)}"

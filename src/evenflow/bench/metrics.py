@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
-# Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom; beyond, the normal law's is near enough.
+# Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom; beyond, the normal law's with two corrections
+# (Abramowitz and Stegun, 26.7.5).
 STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 
 
@@ -142,5 +143,5 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float | None]:
     if len(array) < 2:
         return float(array.mean()), None
     freedom = len(array) - 1
-    t = STUDENT_95[freedom - 1] if freedom <= len(STUDENT_95) else 1.96 + 2.4 / freedom
+    t = STUDENT_95[freedom - 1] if freedom <= len(STUDENT_95) else 1.95996 + 2.3723 / freedom + 2.823 / freedom**2
     return float(array.mean()), float(t * array.std(ddof=1) / math.sqrt(len(array)))
