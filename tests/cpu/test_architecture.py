@@ -77,6 +77,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         "detokenizer",
         "chat_template",
     },
+    "bench": {
+        "config",
+        "llm",
+        "model_config",
+        "model_files",
+        "plan",
+        "platforms",
+        "request",
+        "sampling_params",
+        "scheduler",
+        "engine",
+    },
+    "parity": {"bench", "llm", "model_files", "request", "sampling_params"},
     "plan": {"config", "model_config", "model_files", "platforms"},
     "doctor": {"platforms", "demo"},
     "cli": {
@@ -85,6 +98,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "engine",
         "plan",
         "doctor",
+        "bench",
+        "parity",
+        "tokenizer",
+        "model_files",
         "crosscheck",
         "kernels",
         "config",
@@ -111,7 +128,7 @@ NO_TORCH = {
     "plan",
 }
 # These may import torch inside functions, when it is certain that it is needed.
-LAZY_TORCH = {"cli", "doctor", "platforms", "crosscheck"}
+LAZY_TORCH = {"cli", "doctor", "platforms", "crosscheck", "bench", "parity"}
 NO_TORCH_FILES = {
     "engine/client.py",
     "engine/generation.py",
