@@ -1,4 +1,4 @@
-"""`evenflow bench`: help, exit codes, a sweep on a real socket, bad input; all without torch where there is no engine."""
+"""`evenflow bench`: help, exit codes, a sweep on a socket, bad input; no torch where there is no engine."""
 
 import json
 import socket
