@@ -67,6 +67,7 @@ def test_one_request_by_hand():
     memory = [first_bytes / 1000, second_bytes / 1000]
     compute = [first_flops / 50_000, second_flops / 50_000]
     assert limit.ideal_s == pytest.approx(sum(map(max, memory, compute)))
+    assert [limit.prefill.ideal_s, limit.decode.ideal_s] == pytest.approx([*map(max, memory, compute)])
     assert limit.no_overlap_s == pytest.approx(sum(memory) + sum(compute))
     assert limit.first_token_s == pytest.approx(max(memory[0], compute[0]))
     assert limit.binding == "memory bandwidth"
