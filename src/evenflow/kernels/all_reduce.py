@@ -158,7 +158,7 @@ def _data(pointers_ptr, owner, epoch, area, FLAG_BYTES: tl.constexpr, MAX_BYTES:
     """Pointer to owner's messages (area 0) or sums (area 1) of this epoch."""
     half = epoch % 2
     start = tl.load(pointers_ptr + owner) + FLAG_BYTES + (area * 2 + half) * MAX_BYTES
-    return start.to(tl.pointer_type(dtype))
+    return tl.multiple_of(start.to(tl.pointer_type(dtype)), 16)  # so that loads and stores are of 16 bytes
 
 
 @jit
