@@ -59,6 +59,7 @@ class EngineConfig:
     enable_chunked_prefill: bool = option(True, "split long prompts over several steps")
     enable_overlap: bool = option(True, "on a GPU: plan the next step while one runs")
     enable_graphs: bool = option(True, "on a GPU: replay steps of up to 2,048 tokens as graphs")
+    enable_custom_all_reduce: bool = option(True, "with several GPUs: add small sums by our own kernel")
     max_logprobs: int = option(20, "most log-probabilities that a request may ask for per token")
     generation_config: str = option("auto", "sampling defaults from the model's file, or none", ("auto", "none"))
     skip_tokenizer_init: bool = option(False, "load no tokenizer: prompts and outputs are token ids")
@@ -116,6 +117,7 @@ class Settings:
     enable_chunked_prefill: bool
     enable_overlap: bool
     enable_graphs: bool
+    enable_custom_all_reduce: bool
     max_logprobs: int
     generation_config: str
     skip_tokenizer_init: bool
@@ -164,8 +166,11 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Res
     decide("max_num_seqs", 1024 if is_large else 256, "enough to be bound by memory, not by count")
     values["enable_overlap"] = config.enable_overlap and on_gpu
     values["enable_graphs"] = config.enable_graphs and on_gpu and platform.supports_graphs
+    values["enable_custom_all_reduce"] = config.enable_custom_all_reduce and on_gpu and config.tensor_parallel_size > 1
+    reasons["enable_custom_all_reduce"] = "of no use for one GPU" if config.tensor_parallel_size == 1 else "default"
     if not on_gpu:
-        reasons["enable_overlap"] = reasons["enable_graphs"] = "of no use on a CPU"
+        for name in ("enable_overlap", "enable_graphs", "enable_custom_all_reduce"):
+            reasons[name] = "of no use on a CPU"
     decide("max_num_batched_tokens", 2048, "keeps a step short and the matrix units busy")
     if not config.enable_chunked_prefill and values["max_num_batched_tokens"] < values["max_model_len"]:
         if config.max_num_batched_tokens is not None:

@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -21,13 +22,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
 
-from evenflow.kernels.all_reduce import PeerBuffers, best_method, launch_reduce_add_rms_norm
+from evenflow.kernels.all_reduce import (
+    BUFFER_BYTES,
+    SIZES,
+    PeerBuffers,
+    best_method,
+    launch_reduce_add_rms_norm,
+    make_peer_buffers,
+)
 from evenflow.kernels.rms_norm import add_rms_norm
+from evenflow.kernels.self_check import KernelError, check_all_reduce
 from evenflow.model_config import ModelConfig
+from evenflow.platforms.peer_memory import PeerMemory, PeerMemoryError
 
 COLLECTIVE_TIMEOUT_S = 600.0  # the ranks are watched by who started them; this is for those that nobody watches
 _SIOCGIFADDR = 0x8915
 _CHECK_S = 0.25
+_ending = threading.Lock()  # who aborts the group, or leaves it
 # The new name of torch 2.13, whose old one warns.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
@@ -202,17 +213,83 @@ def join(
     return TensorParallel(rank, size, Group(device))
 
 
+def connect_peers(tp: TensorParallel, hidden_size: int, dtype: torch.dtype) -> str:
+    """Have small sums of [N, hidden_size] done by our kernel over peer memory, if that works and is right on all ranks.
+
+    All ranks of one host call this; rank r has GPU r. Returns a line about what was found.
+    """
+    group = tp._group
+    reason = "the number of ranks" if tp.size not in SIZES else _map_peers(tp, group)
+    if not reason:
+        assert group.peers is not None
+        try:
+            found = check_all_reduce(group.peers, hidden_size, dtype)
+            wrong = next((f"{one.kernel} is wrong" for one in found if not one.is_right), "")
+        except KernelError as error:
+            wrong = str(error)
+        reason = _first_reason(tp, wrong)
+    if reason:
+        group.peers = None
+        return f"all-reduce: the library's, not our kernel over peer memory ({reason})"
+    return "all-reduce: our kernel over peer memory for small steps"
+
+
+def _map_peers(tp: TensorParallel, group: Group) -> str:
+    """Everybody's buffer in everybody's address space: group.peers. Returns why not, the same on all ranks."""
+    others = [rank for rank in range(tp.size) if rank != tp.rank]
+    memory, failed = None, ""
+    if not all(torch.cuda.can_device_access_peer(tp.rank, other) for other in others):
+        failed = "the GPUs cannot read each other's memory"
+    try:
+        memory = PeerMemory(BUFFER_BYTES) if not failed else None
+    except PeerMemoryError as error:
+        failed = str(error)
+    if (reason := _first_reason(tp, failed)) or memory is None:
+        return reason
+    handle = torch.frombuffer(bytearray(memory.handle), dtype=torch.uint8).to(group.device)
+    handles = group.all_gather(handle[None], tp.size).cpu().view(tp.size, -1)
+    addresses = []
+    try:
+        for rank, theirs in enumerate(handles):
+            addresses.append(memory.address if rank == tp.rank else memory.open(theirs.numpy().tobytes()))
+    except PeerMemoryError as error:
+        failed = str(error)
+    if not (reason := _first_reason(tp, failed)):
+        group.peers = make_peer_buffers(tp.rank, addresses, torch.device("cuda", tp.rank), memory)
+    return reason
+
+
+def _first_reason(tp: TensorParallel, failed: str) -> str:
+    """Of the ranks that failed; "" if none did. Others say that it was not them."""
+    return "" if tp.minimum(int(not failed)) else failed or "another rank could not"
+
+
 def leave() -> None:
-    """Out of the group, if this process is in one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Out of the group, if this process is in one. No graph may have recorded a collective of it, see Graphs.clear."""
+    with _ending:
+        if dist.is_initialized():
+            with contextlib.suppress(RuntimeError):  # the others may be gone
+                dist.destroy_process_group()
 
 
-def abort() -> None:
-    """Make collectives in flight return, from any thread: what they wait for will not come."""
-    if dist.is_initialized() and dist.get_backend() == "nccl":
-        with contextlib.suppress(RuntimeError, AttributeError):
-            dist.distributed_c10d._abort_process_group()
+def abort(group: Group | None) -> None:
+    """Have the collectives that this rank's GPU waits in end, soon, from any thread: the others are gone.
+
+    On a CPU they end by themselves, with the others' connections.
+    """
+    if group is None or group.device.type != "cuda":
+        return
+    if group.peers is not None:
+        group.peers.abort()
+    # It waits until the graphs are destroyed that collectives were recorded in.
+    threading.Thread(target=_abort_library, name="evenflow-abort", daemon=True).start()
+
+
+def _abort_library() -> None:
+    with _ending:
+        if dist.is_initialized():
+            with contextlib.suppress(RuntimeError):
+                dist.distributed_c10d._abort_process_group()
 
 
 def _host_and_port(address: str) -> tuple[str, int]:

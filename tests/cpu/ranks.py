@@ -1,6 +1,7 @@
 """Ranks without an engine process: each runs its own scheduler over the same requests, and prints what it generated.
 
 `python ranks.py tokens RANK SIZE ADDRESS DIRECTORY...`: one JSON list, of every checkpoint the tokens of every request.
+`python ranks.py device ...`: the same of the runner of a GPU, on a device that is late, with graphs and steps in flight.
 `python ranks.py sum RANK SIZE ADDRESS DEADLINE_S`: joins, and prints the sum of the ranks' numbers.
 """
 
@@ -8,31 +9,34 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from lazy_stream import LazyStream
 
 from evenflow.config import EngineConfig
 from evenflow.distributed import RendezvousError, TensorParallel, join, leave
 from evenflow.engine.engine import Engine
 from evenflow.engine.opening import open_model, resolve_settings
 from evenflow.request import Request
+from evenflow.runner.device_runner import DeviceRunner
 from evenflow.runner.model_runner import ModelRunner
 from evenflow.sampling_params import SamplingParams
 from evenflow.scheduler import Scheduler
 
 CPU = torch.device("cpu")
 PARAMS = [
-    SamplingParams(temperature=0, max_tokens=12),
-    SamplingParams(temperature=0, max_tokens=9, repetition_penalty=1.3),
+    SamplingParams(temperature=0, max_tokens=10),
+    SamplingParams(temperature=0, max_tokens=8, repetition_penalty=1.3),
     SamplingParams(seed=1, max_tokens=8, top_p=0.9),
     SamplingParams(seed=2, max_tokens=8, logprobs=2, prompt_logprobs=1),
 ]
 PROMPTS = ((0, 40), (1, 30), (0, 40), (1, 17))  # which text, and how much of it
 
 
-def generate(directory: Path, tp: TensorParallel | None = None) -> list[list[int]]:
+def generate(directory: Path, tp: TensorParallel | None = None, *, on_device: bool = False) -> list[list[int]]:
     """Tokens of requests that share beginnings, in a cache that is too small for all of them, in chunks."""
     config = EngineConfig(
         model=str(directory),
@@ -46,7 +50,11 @@ def generate(directory: Path, tp: TensorParallel | None = None) -> list[list[int
     )
     opened = open_model(config)
     settings = resolve_settings(config, opened.model_config).settings
-    runner = ModelRunner(settings, opened.model_config, directory, tp)
+    if on_device:
+        settings = replace(settings, enable_overlap=True, enable_graphs=True)
+        runner = DeviceRunner(settings, opened.model_config, directory, tp, LazyStream())
+    else:
+        runner = ModelRunner(settings, opened.model_config, directory, tp)
     scheduler = Scheduler(
         num_blocks=17,
         block_size=4,
@@ -70,6 +78,7 @@ def generate(directory: Path, tp: TensorParallel | None = None) -> list[list[int
             assert delta.error is None, delta.error
     assert scheduler.num_preemptions > 0
     assert scheduler.num_prefix_hits > 0
+    assert not on_device or runner.graphs.num_replays > 0
     return [request.token_ids[request.num_prompt_tokens :] for request in requests]
 
 
@@ -95,7 +104,7 @@ def main(mode: str, rank: str, size: str, address: str, *args: str) -> int:
     if mode == "sum":
         print(tp.all_reduce(torch.tensor([float(rank) + 1])).item(), tp.minimum(int(rank) + 5))
     else:
-        print(json.dumps([generate(Path(directory), tp) for directory in args]))
+        print(json.dumps([generate(Path(path), tp, on_device=mode == "device") for path in args]))
     leave()
     return 0
 

@@ -56,11 +56,11 @@ def nothing_stays():
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Directories of CASES, and what one rank generates."""
+    """Of each of CASES the directory, and what one rank generates."""
     found = {}
     for name, changes in CASES.items():
-        directory = make_checkpoint(tmp_path_factory.mktemp(name), name, **changes).directory
-        found[str(directory)] = ranks.generate(directory)
+        directory = make_checkpoint(tmp_path_factory.mktemp(name), name, num_hidden_layers=2, **changes).directory
+        found[name] = (directory, ranks.generate(directory))
     return found
 
 
@@ -80,15 +80,20 @@ def outputs(processes) -> list[tuple[int, str]]:
     return found
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_every_model_type_generates_what_one_rank_does(checkpoints, size):
+@pytest.mark.parametrize(
+    ("mode", "size", "cases"),
+    [
+        ("tokens", 2, list(CASES)),
+        ("tokens", 4, ["llama-mqa", "mistral-window", "qwen2-window", "qwen3-bias"]),
+        ("device", 2, ["llama-mqa", "llama-tied", "qwen3-bias"]),
+    ],
+)
+def test_every_model_type_generates_what_one_rank_does(checkpoints, mode, size, cases):
     """Greedy and seeded, with preemption, prefix hits and chunks; the ranks among each other too."""
-    address = free_address()
-    found = outputs([ranks.start(["tokens"], rank, size, address, *checkpoints) for rank in range(size)])
-    for code, line in found:
-        assert code == 0
-        for name, tokens, expected in zip(CASES, json.loads(line), checkpoints.values(), strict=True):
-            assert tokens == expected, name
+    address, directories = free_address(), [str(checkpoints[name][0]) for name in cases]
+    for code, line in outputs([ranks.start([mode], rank, size, address, *directories) for rank in range(size)]):
+        assert code == 0, line
+        assert dict(zip(cases, json.loads(line), strict=True)) == {name: checkpoints[name][1] for name in cases}
 
 
 # The whole engine

@@ -24,7 +24,7 @@ from typing import Any
 
 from evenflow import distributed
 from evenflow.config import Settings
-from evenflow.distributed import PeerLost, RendezvousError, TensorParallel
+from evenflow.distributed import Group, PeerLost, RendezvousError, TensorParallel
 from evenflow.engine import worker
 from evenflow.engine.rank_error import RankError
 from evenflow.engine.rank_messages import (
@@ -82,6 +82,7 @@ class _Rank:
     plans: socket.socket
     control: socket.socket
     process: "subprocess.Popen[bytes] | None" = None
+    has_spoken: bool = False
     is_ready: bool = False
     has_ended: bool = False
     unanswered_s: float | None = None
@@ -100,7 +101,7 @@ class Ranks:
         command: Sequence[str] = WORKER_COMMAND,
     ) -> None:
         self.size = size
-        self.num_collectives: Callable[[], int] = lambda: 0  # of rank 0
+        self.group: Group | None = None  # rank 0's, once it has joined
         self.step = 0  # the last that was sent
         self.error: RankError | None = None
         self._deadlines, self._on_failure, self._command = deadlines, on_failure, command
@@ -150,6 +151,7 @@ class Ranks:
             raise
         finally:
             self._work = None
+        self.raise_if_failed()  # a collective that was aborted ends as if all were well
 
     def raise_if_failed(self) -> None:
         if self.error is not None:
@@ -176,7 +178,7 @@ class Ranks:
         if self.error is None and not self._is_closing:
             self.error = error
             self._kill()
-            distributed.abort()
+            distributed.abort(self.group)
         self._has_failed.set()
 
     def wait_ready(self) -> None:
@@ -211,9 +213,10 @@ class Ranks:
         for rank in self._ranks:
             with suppress(OSError):
                 rank.plans.shutdown(socket.SHUT_WR)
-        if self.error is None and self._work is None and all(rank.is_ready for rank in self._ranks):
-            distributed.leave()
-            end_s = time.monotonic() + STOP_TIMEOUT_S
+        end_s = time.monotonic() + STOP_TIMEOUT_S
+        is_idle = self.error is None and self._work is None and all(rank.is_ready for rank in self._ranks)
+        if is_idle:
+            _leave_group()
             for rank in self._ranks:
                 if rank.process is not None:
                     with suppress(subprocess.TimeoutExpired):
@@ -224,8 +227,8 @@ class Ranks:
         self._thread.join(STOP_TIMEOUT_S)
         self._wake.close()
         self._woken.close()
-        with suppress(RuntimeError):
-            distributed.leave()
+        if not is_idle:
+            _leave_group()
 
     def _kill(self) -> None:
         for rank in self._ranks:
@@ -288,6 +291,7 @@ class Ranks:
 
     def _receive(self, rank: _Rank) -> None:
         message = receive_from_rank(rank.control)
+        rank.has_spoken = True
         match message:
             case None:
                 rank.has_ended = True
@@ -344,9 +348,9 @@ class Ranks:
                     rank.control.send(encode_frame(RankPing(self.step)), socket.MSG_DONTWAIT)
 
     def _tick(self) -> None:
-        """Nothing was heard for TICK_S."""
+        """Nothing was heard for TICK_S. A rank that has not said anything yet is importing torch, maybe for long."""
         for rank in self._ranks:
-            if rank.unanswered_s is not None:
+            if rank.unanswered_s is not None and rank.has_spoken:
                 rank.unanswered_s += TICK_S
         most_s = self._deadlines.heartbeat_s
         silent = [rank.rank for rank in self._ranks if (rank.unanswered_s or 0.0) > most_s]
@@ -361,7 +365,7 @@ class Ranks:
 
     def _who_is_behind(self) -> str:
         """The rank that has come least far in the step that does not end: the others wait for it."""
-        found = [(self.step, self.num_collectives(), 0)]
+        found = [(self.step, self.group.num_collectives if self.group is not None else 0, 0)]
         found += [(rank.pong.step, rank.pong.collectives, rank.rank) for rank in self._ranks if rank.pong is not None]
         behind = [entry for entry in found if entry[:2] == min(found)[:2]]
         if len(behind) == len(found):
@@ -370,12 +374,27 @@ class Ranks:
         return f"tensor-parallel rank{'s' if len(behind) > 1 else ''} {names} did not go on"
 
 
+def _leave_group() -> None:
+    """In a thread of its own: a library may wait for peers that will not come."""
+    thread = threading.Thread(target=distributed.leave, name="evenflow-leave", daemon=True)
+    thread.start()
+    thread.join(STOP_TIMEOUT_S)
+    if thread.is_alive():
+        logger.warning("the tensor-parallel group has not ended yet; until then, this process can join no other")
+
+
 def _has_fd(stream: object) -> bool:
     try:
         stream.fileno()  # type: ignore[attr-defined]
     except (AttributeError, OSError, ValueError):
         return False
     return True
+
+
+def _end(at_end: list[Callable[[], None]], ranks: Ranks) -> None:
+    for call in at_end:
+        call()
+    ranks.close()
 
 
 class TensorParallelRunner:
@@ -397,7 +416,8 @@ class TensorParallelRunner:
         listener, address = distributed.listen("tcp://127.0.0.1:0")
         size = settings.tensor_parallel_size
         self.ranks = Ranks(size, self._deadlines, on_failure, command)
-        self._finalizer = weakref.finalize(self, Ranks.close, self.ranks)  # also when the interpreter ends
+        self._at_end: list[Callable[[], None]] = []
+        self._finalizer = weakref.finalize(self, _end, self._at_end, self.ranks)  # also when the interpreter ends
         try:
             self._device = device = select_device(settings.device, 0)
             rendezvous_s = self._deadlines.rendezvous_s
@@ -409,10 +429,9 @@ class TensorParallelRunner:
                 )
                 check = self.ranks.raise_if_failed
                 tp = distributed.join(0, size, address, device, deadline_s=rendezvous_s, listener=listener, check=check)
-            assert tp.group is not None
-            group = tp.group
-            self.ranks.num_collectives = lambda: group.num_collectives
+            self.ranks.group = tp.group
             self.rank_0 = self._load(settings, model_config, directory, tp)
+            self._at_end.append(self.rank_0.close)
         except RankError as error:
             self.close()
             raise (ValueError(str(error)) if error.is_bad_input else error) from None

@@ -84,6 +84,7 @@ def run(plans: socket.socket, control: socket.socket, progress: Progress) -> Non
     runner = make_runner(start.settings, start.model_config, Path(start.directory), progress.tp)
     _send(control, RankReady())
     serve(runner, plans, progress, lag_of(runner))
+    runner.close()
     leave()
 
 

@@ -17,13 +17,14 @@ rank's buffer flag [phase, program, peer] holds the last epoch that the peer's p
 (release), its owner polls it (acquire). Two halves of the data are used in turn: in epoch e a rank writes the half of
 epoch e - 2 again, when all peers have begun epoch e - 1, hence ended e - 2.
 
-A wait ends after MAX_POLLS, tens of seconds, and what it waited for counts as NaN: a dead peer gives an error in every
-row, not wrong text and not a kernel that never ends.
+A wait ends when the host says so (`PeerBuffers.abort`, for those whose peers are dead) or after MAX_POLLS, minutes.
+What it waited for counts as NaN: a dead peer gives an error in every row, not wrong text, and no kernel runs for ever.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -37,7 +38,8 @@ MAX_BYTES = 8 * 2**20  # of one message; larger ones are the library's
 # Up to so many bytes one-shot is the faster, by number of ranks. With 2 ranks both read the same amount; with 4 it won
 # up to 2 MiB (vLLM pull request 24111); with 8 the amount read limits it.
 ONE_SHOT_MAX_BYTES = {2: 8 * 2**20, 4: 2 * 2**20, 8: 512 * 2**10}
-MAX_POLLS = 1 << 25
+MAX_POLLS = 1 << 28  # a peer may be compiling
+POLLS_PER_LOOK = 64  # between two looks at the host's word
 FLAG_BYTES = 2 * MAX_PROGRAMS * max(SIZES) * 8
 BUFFER_BYTES = FLAG_BYTES + 4 * MAX_BYTES  # two halves of messages and two of sums
 
@@ -46,9 +48,9 @@ BUFFER_BYTES = FLAG_BYTES + 4 * MAX_BYTES  # two halves of messages and two of s
 class PeerBuffers:
     """One rank's view of everybody's buffer of BUFFER_BYTES: first the flags, zeroed before anybody's first launch.
 
-    pointers: [size] int64 on the device, the buffers' addresses as this rank sees them. state: [2] int64 zeros on the
-    device, the epoch and the number of programs that have ended. owner: whatever keeps the memory alive.
-    max_polls: before a peer counts as dead.
+    pointers: [size] int64 on the device, the buffers' addresses as this rank sees them. state: [3] int64 zeros on the
+    device: the epoch, the number of programs that have ended, and whether to wait no more. owner: whatever keeps the
+    memory alive. max_polls: before a peer counts as dead.
     """
 
     rank: int
@@ -57,12 +59,24 @@ class PeerBuffers:
     state: Tensor
     owner: object = None
     max_polls: int = MAX_POLLS
+    _one: Tensor = field(init=False)
+    _side_stream: "torch.cuda.Stream | None" = field(init=False)
+
+    def __post_init__(self) -> None:
+        is_cuda = self.state.is_cuda
+        self._one = torch.ones(1, dtype=torch.int64, pin_memory=is_cuda)
+        self._side_stream = torch.cuda.Stream(self.state.device) if is_cuda else None
+
+    def abort(self) -> None:
+        """End the waits of this rank's kernels, now and ever after; from any thread, while they run."""
+        with torch.cuda.stream(self._side_stream) if self._side_stream is not None else nullcontext():
+            self.state[2:].copy_(self._one, non_blocking=True)
 
 
 def make_peer_buffers(rank: int, addresses: Sequence[int], device: torch.device, owner: object = None) -> PeerBuffers:
     """addresses: of every rank's buffer, as this rank sees it."""
     pointers = torch.tensor(addresses, dtype=torch.int64, device=device)
-    return PeerBuffers(rank, len(addresses), pointers, torch.zeros(2, dtype=torch.int64, device=device), owner)
+    return PeerBuffers(rank, len(addresses), pointers, torch.zeros(3, dtype=torch.int64, device=device), owner)
 
 
 def reduce_add_rms_norm(
@@ -104,8 +118,8 @@ def _flag(pointers_ptr, owner, phase, program, peer, MAX_PROGRAMS: tl.constexpr,
 
 @jit
 def _exchange(
-    pointers_ptr, epoch, phase, max_polls, RANK: tl.constexpr, SIZE: tl.constexpr,
-    MAX_PROGRAMS: tl.constexpr, MAX_SIZE: tl.constexpr,
+    pointers_ptr, state_ptr, epoch, phase, max_polls, RANK: tl.constexpr, SIZE: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr, MAX_SIZE: tl.constexpr, POLLS_PER_LOOK: tl.constexpr,
 ):  # fmt: skip
     """Tell every peer that this program has written its part, wait until theirs have. Returns 0.0, or NaN if late."""
     program = tl.program_id(0)
@@ -122,6 +136,9 @@ def _exchange(
         while (seen < epoch) & (polls < max_polls):
             seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
             polls += 1
+            is_look = polls % POLLS_PER_LOOK == 0
+            is_over = tl.load(state_ptr + 2, mask=is_look, other=0, volatile=True)
+            polls = tl.where(is_over > 0, max_polls, polls)
         late += (seen < epoch).to(tl.int32)
     tl.debug_barrier()  # nothing of the peers is read before
     return tl.where(late > 0, float("nan"), 0.0)
@@ -141,7 +158,7 @@ def _data(pointers_ptr, owner, epoch, area, FLAG_BYTES: tl.constexpr, MAX_BYTES:
     """Pointer to owner's messages (area 0) or sums (area 1) of this epoch."""
     half = epoch % 2
     start = tl.load(pointers_ptr + owner) + FLAG_BYTES + (area * 2 + half) * MAX_BYTES
-    return start.to(tl.pointer_type(dtype))
+    return tl.multiple_of(start.to(tl.pointer_type(dtype)), 16)  # so that loads and stores are of 16 bytes
 
 
 @jit
@@ -176,6 +193,7 @@ def _one_shot_kernel(
     num_rows, x_stride, residual_stride, D, eps, max_polls,
     RANK: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     FLAG_BYTES: tl.constexpr, MAX_BYTES: tl.constexpr, MAX_PROGRAMS: tl.constexpr, MAX_SIZE: tl.constexpr,
+    POLLS_PER_LOOK: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     epoch = tl.load(state_ptr) + 1
@@ -185,7 +203,7 @@ def _one_shot_kernel(
     offsets = (rows * D)[:, None] + cols[None, :]
     x = tl.load(x_ptr + (rows * x_stride)[:, None] + cols[None, :], mask=mask, other=0.0)
     tl.store(_data(pointers_ptr, RANK, epoch, 0, FLAG_BYTES, MAX_BYTES, dtype) + offsets, x, mask=mask)
-    late = _exchange(pointers_ptr, epoch, 0, max_polls, RANK, SIZE, MAX_PROGRAMS, MAX_SIZE)
+    late = _exchange(pointers_ptr, state_ptr, epoch, 0, max_polls, RANK, SIZE, MAX_PROGRAMS, MAX_SIZE, POLLS_PER_LOOK)
     total = _sum_of_peers(pointers_ptr, epoch, offsets, mask, late, SIZE, FLAG_BYTES, MAX_BYTES, dtype)
     _add_and_norm(total, residual_ptr, weight_ptr, out_ptr, sum_ptr, rows, cols, mask, residual_stride, D, eps)
     _end_of_epoch(state_ptr, epoch)
@@ -197,6 +215,7 @@ def _two_shot_kernel(
     num_rows, x_stride, residual_stride, D, eps, max_polls,
     RANK: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     FLAG_BYTES: tl.constexpr, MAX_BYTES: tl.constexpr, MAX_PROGRAMS: tl.constexpr, MAX_SIZE: tl.constexpr,
+    POLLS_PER_LOOK: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     epoch = tl.load(state_ptr) + 1
@@ -208,13 +227,13 @@ def _two_shot_kernel(
         mask = (rows < num_rows)[:, None] & (cols < D)[None, :]
         x = tl.load(x_ptr + (rows * x_stride)[:, None] + cols[None, :], mask=mask, other=0.0)
         tl.store(ours + (rows * D)[:, None] + cols[None, :], x, mask=mask)
-    late = _exchange(pointers_ptr, epoch, 0, max_polls, RANK, SIZE, MAX_PROGRAMS, MAX_SIZE)
+    late = _exchange(pointers_ptr, state_ptr, epoch, 0, max_polls, RANK, SIZE, MAX_PROGRAMS, MAX_SIZE, POLLS_PER_LOOK)
     rows = first + RANK * ROWS + tl.arange(0, ROWS)
     mask = (rows < num_rows)[:, None] & (cols < D)[None, :]
     offsets = (rows * D)[:, None] + cols[None, :]
     total = _sum_of_peers(pointers_ptr, epoch, offsets, mask, late, SIZE, FLAG_BYTES, MAX_BYTES, dtype)
     tl.store(_data(pointers_ptr, RANK, epoch, 1, FLAG_BYTES, MAX_BYTES, dtype) + offsets, total, mask=mask)
-    late += _exchange(pointers_ptr, epoch, 1, max_polls, RANK, SIZE, MAX_PROGRAMS, MAX_SIZE)
+    late += _exchange(pointers_ptr, state_ptr, epoch, 1, max_polls, RANK, SIZE, MAX_PROGRAMS, MAX_SIZE, POLLS_PER_LOOK)
     for step in tl.static_range(0, SIZE):
         owner = (RANK + step) % SIZE
         rows = first + owner * ROWS + tl.arange(0, ROWS)
@@ -249,6 +268,6 @@ def launch_reduce_add_rms_norm(
         N, x.stride(0), residual.stride(0), D, eps, peers.max_polls,
         RANK=peers.rank, SIZE=peers.size, ROWS=rows, BLOCK_D=block,
         FLAG_BYTES=FLAG_BYTES, MAX_BYTES=MAX_BYTES, MAX_PROGRAMS=MAX_PROGRAMS, MAX_SIZE=max(SIZES),
-        num_warps=num_warps,
+        POLLS_PER_LOOK=POLLS_PER_LOOK, num_warps=num_warps,
     )  # fmt: skip
     return out, total

@@ -6,12 +6,13 @@ References run on the CPU, so that nothing of the device's own is trusted.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from evenflow.kernels.all_reduce import PeerBuffers, launch_reduce_add_rms_norm, reduce_add_rms_norm
 from evenflow.kernels.draw import launch_draw
 from evenflow.kernels.filter import filter_thresholds, launch_filter_thresholds
 from evenflow.kernels.logprobs import launch_token_logprobs, token_logprobs
@@ -44,6 +45,7 @@ UNITS, FLOAT32_SUMS = 2.0, 2e-5
 EIGHT_BIT_SHARE = 5e-3  # of the mean: few of the values that are rounded to 8 bits lie so near to the middle
 TOP_P_SHIFT = 1e-5  # by how much of the mass sums in float32 may be off
 EPS = 1e-5
+CHECK_POLLS = 1 << 24  # of a peer that may be compiling: some ten seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,32 @@ class Comparison:
 
 class KernelError(RuntimeError):
     """A kernel does not run, or computes something else than its reference."""
+
+
+def check_all_reduce(peers: PeerBuffers, hidden_size: int, dtype: torch.dtype) -> list[Comparison]:
+    """Compare the sums over `peers` with their definition; all ranks call this at the same time. Raises KernelError.
+
+    Three of each kind, since two halves of a buffer take turns. A peer that does not come makes the result NaN; then,
+    or when it is wrong, nothing more is compared.
+    """
+    found: list[Comparison] = []
+    peers = replace(peers, max_polls=CHECK_POLLS)
+    for method in ("one_shot", "two_shot"):
+        for epoch in range(3):
+            generator = torch.Generator().manual_seed(epoch)
+            size = (peers.size + 1, 2 * epoch + 3, hidden_size)
+            *shares, residual = torch.randn(size, generator=generator).to(dtype)
+            weight = 1 + 0.1 * torch.randn(hidden_size, generator=generator).to(dtype)
+            x, r, w = (tensor.to(peers.state.device) for tensor in (shares[peers.rank], residual, weight))
+            try:
+                results = launch_reduce_add_rms_norm(x, r, w, EPS, peers, method)
+                expected = reduce_add_rms_norm(shares, residual, weight, EPS)
+                found += [_floats(f"all_reduce ({method})", *pair) for pair in zip(results, expected, strict=True)]
+                if not all(comparison.is_right for comparison in found):
+                    return found
+            except Exception as error:  # as below
+                raise KernelError(f"all_reduce does not run: {type(error).__name__}: {error}") from error
+    return found
 
 
 def check_kernels(shape: CheckedShape, device: torch.device) -> list[Comparison]:

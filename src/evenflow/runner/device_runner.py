@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from evenflow.config import Settings
-from evenflow.distributed import TensorParallel, local_view
+from evenflow.distributed import TensorParallel, connect_peers, local_view
 from evenflow.kernels.paged_attention import AttentionPlan, DeviceRows, make_plan, plan_attention
 from evenflow.kernels.self_check import CheckedShape
 from evenflow.kernels.step_inputs import expand_rows
@@ -88,7 +88,10 @@ class DeviceRunner:
         tp = tp or TensorParallel()
         self.local = local_view(model_config, tp)  # the heads that this rank has
         self.kernel_account = check_at_start(_checked_shape(settings, self.local), self.device)
-        place = Placement(self.device, getattr(torch, settings.dtype), tp)
+        dtype = getattr(torch, settings.dtype)
+        if settings.enable_custom_all_reduce and tp.size > 1:
+            self.kernel_account += f"; {connect_peers(tp, model_config.hidden_size, dtype)}"
+        place = Placement(self.device, dtype, tp)
         self.model = make_model(model_config, place)
         if settings.load_format == "dummy":
             fill_dummy(self.model, settings.seed, tp.rank)
@@ -162,6 +165,10 @@ class DeviceRunner:
         bad |= {row for row, found in prompt_logprobs.items() if any(isnan(entry.logprobs[0]) for entry in found)}
         logprobs = self._logprobs(pending, bad)
         return StepResult(token_ids.tolist(), logprobs, prompt_logprobs, dict.fromkeys(sorted(bad), NOT_FINITE))
+
+    def close(self) -> None:
+        """Destroy the graphs: a library of collectives does not end before those that it is in."""
+        self.graphs.clear()
 
     @staticmethod
     def _logprobs(pending: Pending, bad: set[int]) -> dict[int, TokenLogprobs]:

@@ -66,6 +66,9 @@ class ModelRunner:
         """Wait for the step that `launch` began."""
         return pending
 
+    def close(self) -> None:
+        """Give back what would outlast the runner: nothing."""
+
     def execute(self, plan: StepPlan, masks: TokenMasks | None = None) -> StepResult:
         """Compute the plan's tokens, write their keys and values, and sample. Rows of the result are the plan's."""
         cache_bytes = sum(row.end for row in plan.rows) * self.kv_bytes_per_token
