@@ -22,6 +22,7 @@ from evenflow.kernels.tuning import (
     DECODE_TILES_8_BIT,
     FLOAT32_TILES,
     PREFILL_TILES,
+    PREFILL_TILES_8_BIT,
     Tile,
     decode_tile,
     prefill_tile,
@@ -213,12 +214,13 @@ def test_every_architecture_has_tiles(arch, head_dim, query_bytes):
 
 
 def test_the_longest_prefix_has_the_tile():
-    assert prefill_tile("gfx1100", 128, 2) == PREFILL_TILES["gfx11"][128]
-    assert prefill_tile("gfx942", 128, 2) == PREFILL_TILES["gfx"][128]
+    assert prefill_tile("gfx1100", 128, 2, 2) == PREFILL_TILES["gfx11"][128]
+    assert prefill_tile("gfx942", 128, 2, 2) == PREFILL_TILES["gfx"][128]
+    assert prefill_tile("gfx942", 64, 2, 1) == PREFILL_TILES_8_BIT["gfx"][64]
     assert decode_tile("sm_90", 16, 2, 2) == DECODE_TILES["sm_90"][64]
     assert decode_tile("sm_90", 16, 2, 1) == DECODE_TILES_8_BIT["sm_90"][64]
     assert decode_tile("sm_75", 512, 2, 2) == DECODE_TILES[""][256]
-    assert decode_tile("gfx1100", 128, 4, 1) == prefill_tile("gfx1101", 64, 4) == FLOAT32_TILES["gfx11"]
+    assert decode_tile("gfx1100", 128, 4, 1) == prefill_tile("gfx1101", 64, 4, 1) == FLOAT32_TILES["gfx11"]
 
 
 def test_rows_that_are_hardly_longer_than_a_piece_stay_whole():

@@ -382,7 +382,7 @@ def _prefill_attention_kernel(
     q_stride, table_stride,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, SCALE_STRIDE: tl.constexpr, PROMPT_FIELDS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKS_ALL: tl.constexpr,
 ):  # fmt: skip
     """Each program takes blocks of queries, and a key head, until there are no more.
 
@@ -413,7 +413,7 @@ def _prefill_attention_kernel(
             _attend_block(
                 q_ptr, kv_cache_ptr, out_ptr, block_tables_ptr + slot * table_stride, k_scale_ptr, v_scale_ptr,
                 scale_log2, q_stride, first_token, first_query, query_len, seq_len, kv_head,
-                H_KV, G, D, S, WINDOW, SOFT_CAP, SCALE_STRIDE, BLOCK_M, BLOCK_D, BLOCK_N,
+                H_KV, G, D, S, WINDOW, SOFT_CAP, SCALE_STRIDE, BLOCK_M, BLOCK_D, BLOCK_N, MASKS_ALL,
             )  # fmt: skip
 
 
@@ -423,7 +423,7 @@ def _attend_block(
     query_len, seq_len, kv_head,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, SCALE_STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKS_ALL: tl.constexpr,
 ):  # fmt: skip
     """Queries [first_query, first_query + BLOCK_M // G) of the prompt whose first token is first_token."""
     BLOCK_Q: tl.constexpr = BLOCK_M // G
@@ -446,6 +446,8 @@ def _attend_block(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if WINDOW > 0:
         masked_start = tl.maximum(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+    elif MASKS_ALL:
+        masked_start = 0
     else:
         masked_start = (first_position + 1) // BLOCK_N * BLOCK_N
         for start in range(0, masked_start, BLOCK_N):  # keys that every query of the block sees
@@ -553,13 +555,13 @@ def merge_launch(shape: AttentionShape) -> Launch:
 @cache
 def prefill_launch(shape: AttentionShape, arch: str, tile: Tile | None = None) -> Launch:
     """How _prefill_attention_kernel is compiled. tile: instead of the architecture's."""
-    tile = tile or prefill_tile(arch, shape.block_d, shape.query_bytes)
+    tile = tile or prefill_tile(arch, shape.block_d, shape.query_bytes, shape.cache_bytes)
     blocks = {
         "BLOCK_M": max(tile.block_m, next_power_of_2(shape.group)),
         "BLOCK_D": shape.block_d,
         "BLOCK_N": tile.block_n,
     }
-    constexprs = _layer_constexprs(shape) | {"PROMPT_FIELDS": PROMPT_FIELDS}
+    constexprs = _layer_constexprs(shape) | {"PROMPT_FIELDS": PROMPT_FIELDS, "MASKS_ALL": tile.masks_all}
     return Launch(constexprs | blocks, tile.num_warps, tile.num_stages)
 
 
