@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "guided": {"request", "sampling_params", "tokenizer"},
     "kernels": {"platforms"},
     "crosscheck": {"kernels", "platforms"},
-    "distributed": {"platforms"},
+    "distributed": {"kernels", "model_config", "platforms"},
     "layers": {"kernels", "distributed", "model_config"},
     "models": {"layers", "model_config"},
     "runner": {
@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "detokenizer",
         "guided",
         "runner",
+        "distributed",
     },
     "beam_search": {"sampling_params"},
     "llm": {
@@ -76,6 +77,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         "detokenizer",
         "chat_template",
     },
+    "bench": {
+        "config",
+        "llm",
+        "model_config",
+        "model_files",
+        "plan",
+        "platforms",
+        "request",
+        "sampling_params",
+        "scheduler",
+        "engine",
+    },
+    "parity": {"bench", "llm", "model_files", "request", "sampling_params"},
     "plan": {"config", "model_config", "model_files", "platforms"},
     "doctor": {"platforms", "demo"},
     "cli": {
@@ -84,6 +98,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "engine",
         "plan",
         "doctor",
+        "bench",
+        "parity",
+        "tokenizer",
+        "model_files",
         "crosscheck",
         "kernels",
         "config",
@@ -110,7 +128,7 @@ NO_TORCH = {
     "plan",
 }
 # These may import torch inside functions, when it is certain that it is needed.
-LAZY_TORCH = {"cli", "doctor", "platforms", "crosscheck"}
+LAZY_TORCH = {"cli", "doctor", "platforms", "crosscheck", "bench", "parity"}
 # Except these, which are tensors and are themselves imported inside functions.
 EAGER_FOLDERS = ("crosscheck/cases/",)
 NO_TORCH_FILES = {

@@ -1,4 +1,4 @@
-"""The command line: evenflow generate, chat, serve, plan, crosscheck, doctor.
+"""The command line: evenflow generate, chat, serve, bench, parity, plan, crosscheck, doctor.
 
 Answers --help, --version and wrong usage without torch; each command imports what it needs when it runs.
 Exit codes: 0 done, 1 something failed, 2 bad input, 3 a plan that does not fit, 130 interrupted.
@@ -18,6 +18,8 @@ COMMANDS = {
     "generate": "complete a prompt",
     "chat": "talk with a model",
     "serve": "serve it over the OpenAI API, with a page to look at",
+    "bench": "measure, beside the physical limit",
+    "parity": "does another machine compute the same?",
     "plan": "does a model fit a GPU, and how fast can it be?",
     "crosscheck": "check the GPU kernels, for every architecture, without a GPU",
     "doctor": "what is on this machine, and what is wrong with it",
@@ -26,6 +28,7 @@ EXAMPLES = """examples:
   evenflow generate "Once upon a time"
   evenflow chat
   evenflow serve
+  evenflow bench throughput
   evenflow plan llama-2-70b --gpu mi210 --gpus 4
   evenflow crosscheck compile
   evenflow doctor
@@ -42,9 +45,18 @@ class Parser(argparse.ArgumentParser):
 
     def nearest(self, wrong: str) -> str:
         """'; did you mean --max-num-seqs?' for a wrong option, or nothing."""
-        known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        known = [option for option in self.known_options() if option.startswith("--")]
         near = difflib.get_close_matches(wrong.split("=")[0], known, n=1, cutoff=0.6)
         return f"; did you mean {near[0]}?" if near else ""
+
+    def known_options(self) -> list[str]:
+        """Of this parser and of its subcommands."""
+        found: list[str] = []
+        for action in self._actions:
+            found += action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                found += [option for parser in set(action.choices.values()) for option in parser.known_options()]
+        return found
 
 
 def make_parser(command: str | None) -> tuple[Parser, Parser | None]:

@@ -23,13 +23,16 @@ SAMPLING: tuple[tuple[str, type, str, str], ...] = (
 )
 
 
-def add_engine_options(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = ()) -> None:
+def add_engine_options(
+    parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = (), has_explain: bool = True
+) -> None:
     """One option per field of EngineConfig. Not given: absent from the namespace."""
     group = parser.add_argument_group("engine")
     add_options(group, EngineConfig, "engine_", leave_out)
-    group.add_argument(
-        "--explain", action="store_true", help="print every resolved setting and why, load nothing, and exit"
-    )
+    if has_explain:
+        group.add_argument(
+            "--explain", action="store_true", help="print every resolved setting and why, load nothing, and exit"
+        )
 
 
 def add_options(

@@ -192,7 +192,7 @@ def _plan_kernel(
     GRANULE: tl.constexpr, ITEM_FIELDS: tl.constexpr, SPLIT_FIELDS: tl.constexpr, PROMPT_FIELDS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One program: every row is an element. Pieces are chunk keys long at most, so that the grid bounds hold."""
+    """One program: every row is an element. There are at most length / chunk + 1 pieces, so that the bounds hold."""
     row = tl.arange(0, BLOCK_R)
     is_row = row < num_rows
     token = tl.load(query_starts_ptr + row, mask=is_row, other=0)
@@ -212,9 +212,11 @@ def _plan_kernel(
     tl.store(counts_ptr + 3, tl.sum(prompt_queries, axis=0))
     length = tl.where(num_queries == 1, seq_len, 0)
     chunk = tl.maximum(tl.cdiv(tl.cdiv(tl.sum(length, axis=0), target_items), GRANULE), 1) * GRANULE
-    pieces = tl.cdiv(length, chunk)
-    # Equal pieces rather than whole chunks and a rest. The last one is never empty: (pieces - 1) * chunk < length.
-    piece_len = tl.cdiv(tl.cdiv(length, tl.maximum(pieces, 1)), GRANULE) * GRANULE
+    # A row that is a quarter longer than a piece stays whole: rows of one length would all be split for a few keys.
+    aim = tl.maximum((length + chunk * 3 // 4) // chunk, 1)
+    # Equal pieces rather than whole chunks and a rest; none is empty.
+    piece_len = tl.maximum(tl.cdiv(tl.cdiv(length, aim), GRANULE), 1) * GRANULE
+    pieces = tl.cdiv(length, piece_len)
     is_split = pieces > 1
     first_item = tl.cumsum(pieces, axis=0) - pieces
     partials = tl.where(is_split, pieces, 0)
