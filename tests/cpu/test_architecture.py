@@ -76,11 +76,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "detokenizer",
         "chat_template",
     },
+    "ray": {"server", "engine", "config"},
     "plan": {"config", "model_config", "model_files", "platforms"},
     "doctor": {"platforms", "demo"},
     "cli": {
         "llm",
         "server",
+        "ray",
         "engine",
         "plan",
         "doctor",
@@ -107,6 +109,7 @@ NO_TORCH = {
     "progress",
     "guided",
     "server",
+    "ray",
     "plan",
 }
 # These may import torch inside functions, when it is certain that it is needed.
