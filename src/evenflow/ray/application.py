@@ -33,7 +33,10 @@ def build(engine: EngineConfig, server: ServerConfig, config: ReplicaConfig) -> 
     """The application, for serve.run. Needs the files of the model on the replicas' hosts only."""
     is_prefix_aware = config.prefix_aware and has_prefix_router()
     engines = serve.deployment(
-        EngineReplica, name="Engine", logging_config=OUR_OWN_LOG, **deployment_options(engine, server, config, is_prefix_aware)
+        EngineReplica,
+        name="Engine",
+        logging_config=OUR_OWN_LOG,
+        **deployment_options(engine, server, config, is_prefix_aware),
     )
     endpoint = serve.deployment(
         serve.ingress()(Endpoint),

@@ -61,7 +61,7 @@ def _value(field: "dataclasses.Field[Any]", value: Any) -> Any:
     """'8' -> 8 for an integer field; what is no text stays as it is."""
     if not isinstance(value, str):
         return value
-    type_name = str(field.type)
+    type_name = field.type.__name__ if isinstance(field.type, type) else str(field.type)
     try:
         if isinstance(field.default, bool):
             return BOOLEANS[value.lower()]

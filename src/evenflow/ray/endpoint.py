@@ -14,6 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from evenflow.engine.client import EngineDeadError
 from evenflow.ray.call import HttpCall
 from evenflow.ray.merging import merge_metrics
 from evenflow.server.body import read_body
@@ -26,7 +27,13 @@ logger = logging.getLogger("evenflow")
 NUM_TRIES = 3
 QUERY_TIMEOUT_S = 10.0  # of what is no generation: with no replica up, a GET must not wait for one
 LONG_BODY = 64 * 1024  # bytes: beyond, reading the prompt would hold the event loop
-LOST = (exceptions.RayActorError, exceptions.ObjectLostError, exceptions.NodeDiedError, ReplicaUnavailableError)
+LOST = (
+    EngineDeadError,
+    ReplicaUnavailableError,
+    exceptions.RayActorError,
+    exceptions.ObjectLostError,
+    exceptions.NodeDiedError,
+)
 
 
 class Endpoint:
@@ -87,8 +94,7 @@ class EndpointApp:
         """Until the first byte has been sent, another replica can answer instead: a request changes nothing."""
         for number in range(NUM_TRIES):
             try:
-                if await self._hand_on(call, exchange, is_new=number == 0, may_refuse=number == NUM_TRIES - 1):
-                    return
+                return await self._hand_on(call, exchange, is_new=number == 0)
             except BackPressureError:
                 raise ApiError(429, "the queue is full; try again", headers={"Retry-After": "1"}) from None
             except DeploymentUnavailableError:
@@ -99,20 +105,17 @@ class EndpointApp:
                     break
         raise unavailable("the replica that had this request ended")
 
-    async def _hand_on(self, call: HttpCall, exchange: "_Exchange", *, is_new: bool, may_refuse: bool = True) -> bool:
-        """Send what a replica answers. False, and nothing sent, if it says 503 and may not refuse."""
+    async def _hand_on(self, call: HttpCall, exchange: "_Exchange", *, is_new: bool) -> None:
+        """Send what a replica answers, as it comes."""
         # Ray's router looks for a prompt in positional arguments, and in them only.
         is_routed = is_new and self._is_prefix_aware and call.prompt
         answer = self._answers.remote(call) if is_routed else self._answers.remote(call=call)
         try:
             async for messages in answer:
-                if not exchange.has_begun and not may_refuse and messages[0].get("status") == 503:
-                    return False
                 for message in messages:
                     await exchange.send(message)
         finally:
             answer.cancel()
-        return True
 
     async def _metrics(self, call: HttpCall, exchange: "_Exchange") -> None:
         """Those of all replicas, each sample with its replica. One that dies meanwhile is left out."""

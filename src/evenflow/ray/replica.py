@@ -60,14 +60,21 @@ class EngineReplica:
             raise RuntimeError(f"the engine of replica {self.replica_id} does not answer")
 
     async def answer(self, call: HttpCall) -> AsyncIterator[list[Message]]:
-        """The answer as ASGI messages, in lists of what has come together. Left early, it is aborted."""
+        """The answer as ASGI messages, in lists of what has come together. Left early, it is aborted.
+
+        Raises EngineDeadError while nothing has been answered: another replica can.
+        """
         sent: asyncio.Queue[Message] = asyncio.Queue(maxsize=1)
         exchange = asyncio.ensure_future(self._run(call, sent))
         held: list[Message] = []
+        has_begun = False
         try:
             while (message := await _next(sent, exchange)) is not None:
                 held.append(message)
                 if message["type"] != "http.response.start":  # goes with what follows, so that it may fail until then
+                    if not has_begun:
+                        self._front.client.raise_if_dead()
+                    has_begun = True
                     yield held
                     held = []
         finally:
