@@ -18,7 +18,7 @@ from serving import ServerProcess, is_alive
 from evenflow import LLM, SamplingParams
 
 DEADLINE_S = 120
-REPLICA = re.compile(r"Engine pid=(\d+)\)\S* evenflow: replica (\w+): memory")
+REPLICA = re.compile(r"replica (\w+) is ready in process (\d+)")
 PROMPTS = [
     f"{start} {number}" for number in range(8) for start in ("Once upon a time", "The fox", "A wolf", "There was")
 ]
@@ -59,7 +59,7 @@ def poll(ask, what):
 
 def pids(server):
     """The process of each replica that has said it is ready."""
-    return {match[2]: int(match[1]) for line in list(server.lines) if (match := REPLICA.search(line))}
+    return {match[1]: int(match[2]) for line in list(server.lines) if (match := REPLICA.search(line))}
 
 
 def two_replicas(server, other_than=None):
@@ -69,7 +69,11 @@ def two_replicas(server, other_than=None):
         found = samples(server, "evenflow_num_requests_running").keys()
         return found if len(found) == 2 and other_than not in found and found <= pids(server).keys() else None
 
-    return poll(both, "two replicas")
+    try:
+        return poll(both, "two replicas")
+    except AssertionError:
+        print(*server.lines, sep="\n")
+        raise
 
 
 @dataclass

@@ -138,6 +138,7 @@ class _Exchange:
     def __init__(self, send: Send) -> None:
         self._send = send
         self.has_begun, self._is_event_stream, self._is_complete = False, False, False
+        self._has_said_done = False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -147,6 +148,7 @@ class _Exchange:
             message["headers"] = headers
         else:
             self._is_complete = not message.get("more_body", False)
+            self._has_said_done = self._has_said_done or message.get("body", b"").endswith(DONE)
         await self._send(message)
 
     async def fail(self, error: ApiError, scope: Scope, receive: Receive) -> None:
@@ -154,7 +156,7 @@ class _Exchange:
         if not self.has_begun:
             await error_response(error)(scope, receive, self._send)
         elif self._is_event_stream and not self._is_complete:
-            last = b"data: " + error_body(error) + b"\n\n" + DONE
+            last = b"" if self._has_said_done else b"data: " + error_body(error) + b"\n\n" + DONE
             await self._send({"type": "http.response.body", "body": last, "more_body": False})
         elif not self._is_complete:
             raise ConnectionError("the answer was cut off")

@@ -14,7 +14,7 @@ from evenflow.engine.opening import open_model
 from evenflow.ray.call import HttpCall
 from evenflow.server.app import make_app
 from evenflow.server.config import ServerConfig
-from evenflow.server.front import Front, State, drained
+from evenflow.server.front import Front, State
 from evenflow.server.metrics import Metrics
 from evenflow.server.serving import configure_logging, default_model_name, with_middleware
 from evenflow.server.streaming import cancel
@@ -37,12 +37,13 @@ class EngineReplica:
         client = EngineClient(engine, opened, engine_timeout_s=server.engine_timeout, observer=metrics)
         self.replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._front = Front(client, server, metrics, make_tracer(server.otlp_endpoint), name)
+        self._answers: set[asyncio.Future[None]] = set()
         self._app = with_middleware(make_app(self._front), self._front, server.api_keys())
         await client.start()
         metrics.engine_up(True)
         self._front.state = State.READY
         self._watch = asyncio.create_task(self._end_with_engine())
-        logger.info("replica %s: %s", self.replica_id, client.memory_account)
+        logger.info("replica %s is ready in process %d; %s", self.replica_id, os.getpid(), client.memory_account)
 
     async def _end_with_engine(self) -> None:
         """A replica without an engine would answer fastest of all, and so draw all requests: it ends at once."""
@@ -50,7 +51,8 @@ class EngineReplica:
         self._front.state = State.DEAD
         self._front.metrics.engine_up(False)
         logger.error("replica %s ends: %s", self.replica_id, error)
-        await drained(self._front, LAST_WORDS_S)
+        if self._answers:
+            await asyncio.wait(self._answers, timeout=LAST_WORDS_S)
         await self._front.client.close()
         os._exit(1)
 
@@ -66,6 +68,8 @@ class EngineReplica:
         """
         sent: asyncio.Queue[Message] = asyncio.Queue(maxsize=1)
         exchange = asyncio.ensure_future(self._run(call, sent))
+        self._answers.add(exchange)
+        exchange.add_done_callback(self._answers.discard)
         held: list[Message] = []
         has_begun = False
         try:

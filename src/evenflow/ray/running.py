@@ -42,12 +42,12 @@ def serve_replicas(engine: EngineConfig, server: ServerConfig, config: ReplicaCo
 
     stopping = threading.Event()
     join_or_start(config)
-    configure_logging(server)  # Ray has changed it
     for number in (signal.SIGTERM, signal.SIGINT):  # Ray has set its own
         signal.signal(number, lambda *_: stopping.set())
     try:
         serve.start(http_options={"host": server.host, "port": port})
         serve.run(build(engine, server, config), name=APP_NAME, route_prefix="/")
+        configure_logging(server)  # Ray has changed it
         name = server.served_model_name or default_model_name(engine.model)
         count = f"{config.replicas} replicas" if config.replicas > 1 else "1 replica"
         logger.info("ready: %s on http://%s:%d (%s on Ray, API under /v1)", name, server.host, port, count)
