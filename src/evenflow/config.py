@@ -18,6 +18,16 @@ LARGE_MEMORY_BYTES = 60 * 10**9  # a GPU that holds the cache of more than 256 r
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e4m3fnuz": 1}
 
 
+INTEGERS = (
+    "tensor_parallel_size",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "block_size",
+    "max_logprobs",
+)
+
+
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     """A field of EngineConfig that is also a command-line option."""
     return field(default=default, metadata={"help": help, "choices": choices})
@@ -33,6 +43,7 @@ class EngineConfig:
     device: str = option("auto", "where to run", ("auto", "cpu", "cuda"))
     dtype: str = option("auto", "type of weights and activations", ("auto", *DTYPES))
     load_format: str = option("auto", "'dummy' makes random weights without a file", ("auto", "safetensors", "dummy"))
+    tensor_parallel_size: int = option(1, "GPUs over which the model is split, one process each")
     max_model_len: int | None = option(None, "longest prompt + output in tokens (default: the model's context)")
     max_num_seqs: int | None = option(None, "most requests that run at the same time")
     max_num_batched_tokens: int | None = option(None, "most tokens computed in one step")
@@ -40,12 +51,15 @@ class EngineConfig:
     kv_cache_dtype: str = option(
         "auto", "type of keys and values; 'auto': as dtype, 'fp8': the GPU's own 8 bits", KV_CACHE_DTYPES
     )
-    kv_cache_memory: str | None = option(None, "size of the KV cache, for example 4GiB (default: what is free)")
+    kv_cache_memory: str | None = option(
+        None, "size of the KV cache of each GPU, for example 4GiB (default: what is free)"
+    )
     gpu_memory_utilization: float = option(0.9, "share of the device's memory that the engine may use")
     enable_prefix_caching: bool = option(True, "share the cache of equal prompt beginnings")
     enable_chunked_prefill: bool = option(True, "split long prompts over several steps")
     enable_overlap: bool = option(True, "on a GPU: plan the next step while one runs")
     enable_graphs: bool = option(True, "on a GPU: replay steps of up to 2,048 tokens as graphs")
+    enable_custom_all_reduce: bool = option(True, "with several GPUs: add small sums by our own kernel")
     max_logprobs: int = option(20, "most log-probabilities that a request may ask for per token")
     generation_config: str = option("auto", "sampling defaults from the model's file, or none", ("auto", "none"))
     skip_tokenizer_init: bool = option(False, "load no tokenizer: prompts and outputs are token ids")
@@ -56,7 +70,7 @@ class EngineConfig:
             choices, value = config_field.metadata["choices"], getattr(self, config_field.name)
             if choices and value not in choices:
                 raise ValueError(f"{config_field.name}={value!r} must be one of {', '.join(choices)}")
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "max_logprobs"):
+        for name in INTEGERS:
             value = getattr(self, name)
             low = 0 if name == "max_logprobs" else 1
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
@@ -90,6 +104,7 @@ class Settings:
     device: str
     dtype: str
     load_format: str
+    tensor_parallel_size: int
     max_model_len: int
     fit_max_model_len: bool
     max_num_seqs: int
@@ -102,6 +117,7 @@ class Settings:
     enable_chunked_prefill: bool
     enable_overlap: bool
     enable_graphs: bool
+    enable_custom_all_reduce: bool
     max_logprobs: int
     generation_config: str
     skip_tokenizer_init: bool
@@ -132,6 +148,7 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Res
 
     decide("tokenizer", config.model, "the model's own")
     values["device"], reasons["device"] = platform.device, f"found {platform.name}"
+    check_tensor_parallel_size(config.tensor_parallel_size, model, platform)
     decide("dtype", *_dtype(model, platform))
     decide("kv_cache_dtype", values["dtype"], "as dtype")
     if config.kv_cache_dtype == "fp8":
@@ -149,8 +166,11 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Res
     decide("max_num_seqs", 1024 if is_large else 256, "enough to be bound by memory, not by count")
     values["enable_overlap"] = config.enable_overlap and on_gpu
     values["enable_graphs"] = config.enable_graphs and on_gpu and platform.supports_graphs
+    values["enable_custom_all_reduce"] = config.enable_custom_all_reduce and on_gpu and config.tensor_parallel_size > 1
+    reasons["enable_custom_all_reduce"] = "of no use for one GPU" if config.tensor_parallel_size == 1 else "default"
     if not on_gpu:
-        reasons["enable_overlap"] = reasons["enable_graphs"] = "of no use on a CPU"
+        for name in ("enable_overlap", "enable_graphs", "enable_custom_all_reduce"):
+            reasons[name] = "of no use on a CPU"
     decide("max_num_batched_tokens", 2048, "keeps a step short and the matrix units busy")
     if not config.enable_chunked_prefill and values["max_num_batched_tokens"] < values["max_model_len"]:
         if config.max_num_batched_tokens is not None:
@@ -178,6 +198,26 @@ def _fp8(platform: Platform) -> str:
             "not; use 'auto'"
         )
     return platform.fp8_dtype
+
+
+def check_tensor_parallel_size(size: int, model: ModelConfig, platform: Platform) -> None:
+    """Raises ValueError, with the way out, when the model cannot be split over so many ranks, or they are not there."""
+    if not _can_be_split(model, size):
+        sizes = ", ".join(str(n) for n in range(1, model.num_heads + 1) if _can_be_split(model, n))
+        raise ValueError(
+            f"tensor_parallel_size={size} cannot split this model's {model.num_heads} attention heads, "
+            f"{model.num_kv_heads} key heads and {model.intermediate_size} MLP columns evenly; it can be {sizes}"
+        )
+    if platform.device != "cpu" and size > platform.num_devices:
+        raise ValueError(
+            f"tensor_parallel_size={size} needs {size} GPUs, and PyTorch sees {platform.num_devices}; lower it"
+        )
+
+
+def _can_be_split(model: ModelConfig, size: int) -> bool:
+    """Key heads that are fewer than the ranks are held by several of them."""
+    has_key_heads = model.num_kv_heads % size == 0 or size % model.num_kv_heads == 0
+    return model.num_heads % size == 0 and model.intermediate_size % size == 0 and has_key_heads
 
 
 def _dtype(model: ModelConfig, platform: Platform) -> tuple[str, str]:

@@ -41,6 +41,7 @@ class LLM:
         built = build_engine(self.resolution.settings, opened)
         self.engine, self.settings = built.engine, built.settings
         self.memory_account, self.kernel_account = built.memory_account, built.kernel_account
+        self._close_engine = built.close
         self._tokenizer = opened.tokenizer
         self._inputs = InputProcessor(self.settings, self.model_config, opened.tokenizer, opened.generation_config)
         self._outputs = OutputProcessor(opened.tokenizer)
@@ -134,8 +135,9 @@ class LLM:
         return outputs
 
     def close(self) -> None:
-        """End whatever still runs. The memory goes with the object."""
+        """End whatever still runs, and the processes of other ranks. The memory goes with the object."""
         self._abort(self._outputs.live_ids())
+        self._close_engine()
 
     def _params_of(self, prompts: Sequence[Prompt], params: Params) -> list[SamplingParams]:
         if params is None:

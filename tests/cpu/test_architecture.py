@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "guided": {"request", "sampling_params", "tokenizer"},
     "kernels": {"platforms"},
     "crosscheck": {"kernels", "platforms"},
-    "distributed": {"platforms"},
+    "distributed": {"kernels", "model_config", "platforms"},
     "layers": {"kernels", "distributed", "model_config"},
     "models": {"layers", "model_config"},
     "runner": {
@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "detokenizer",
         "guided",
         "runner",
+        "distributed",
     },
     "beam_search": {"sampling_params"},
     "llm": {

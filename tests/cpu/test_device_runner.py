@@ -36,7 +36,7 @@ def device_llm(directory, monkeypatch, *, stream=None, overlap=True, graphs=True
             settings = replace(settings, kv_cache_dtype=cache_dtype)
         return DeviceRunner(settings, model_config, path, stream=stream)
 
-    monkeypatch.setattr(building, "ModelRunner", make_runner)
+    monkeypatch.setattr(building, "make_runner", make_runner)
     llm = LLM(str(directory), skip_tokenizer_init=True, device="cpu", **OPTIONS | options)
     assert isinstance(llm.engine.runner, DeviceRunner)
     return llm

@@ -50,6 +50,7 @@ class Bug:
 
 
 BUGS: dict[str, Bug] = {}
+SEEN_RIGHT: set[Callable[[Any], object]] = set()  # without a bug they pass; each is tried once
 
 
 def plant(module: ModuleType, tests: ModuleType, sees: Callable[[Any], object], **bugs: tuple[str, str]) -> None:
@@ -136,7 +137,7 @@ plant(
     bad_rows_write_minus_one=("tl.maximum(token, 0)", "token"),
 )  # fmt: skip
 plant(
-    filter, test_filter, lambda _: test_filter.test_every_filter(9001, F32),
+    filter, test_filter, lambda _: test_filter.test_every_filter(4200, F32),
     one_value_less=("num1 >= k, num2 >= k, num3 >= k", "num1 > k, num2 > k, num3 > k"),
     min_p_is_ignored=("tl.div_rn(largest, temperature) + log_min_p", "tl.div_rn(largest, temperature) - 1e30"),
     less_than_top_p=("top_p * total", "0.95 * top_p * total"),
@@ -227,7 +228,9 @@ plant(
 @pytest.mark.parametrize("what", BUGS)
 def test_the_bug_is_seen(what, tmp_path, monkeypatch):
     bug = BUGS[what]
-    bug.sees(bug.module)
+    if bug.sees not in SEEN_RIGHT:
+        bug.sees(bug.module)
+        SEEN_RIGHT.add(bug.sees)
     with planted(bug.module, bug.code, bug.bug, tmp_path) as copy:
         for name, value in list(vars(bug.tests).items()):
             if value is bug.module:

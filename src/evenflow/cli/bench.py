@@ -489,7 +489,7 @@ def _encoder(tokenizer: str) -> Callable[..., list[list[int]]]:
     from evenflow.tokenizer import Tokenizer
 
     if tokenizer.lower() in known_models():
-        raise ValueError(f"{tokenizer} is a shape without a tokenizer, and ShareGPT's filter needs one: --tokenizer DIR")
+        raise ValueError(f"{tokenizer} is a shape and has no tokenizer, which ShareGPT needs: --tokenizer DIR")
     return Tokenizer.from_dir(find_model(tokenizer, with_weights=False)).encode_batch
 
 

@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from evenflow.engine.rank_error import RankError
 from evenflow.engine.stats import EngineStats
 from evenflow.request import FinishReason, Request, RequestDelta, StepPlan, StepResult, TokenMasks
 from evenflow.scheduler import Scheduler
@@ -29,7 +30,8 @@ logger = logging.getLogger("evenflow")
 class Runner(Protocol):
     """What the engine needs of a runner. max_in_flight: steps that may be launched before the first is collected."""
 
-    max_in_flight: int
+    @property
+    def max_in_flight(self) -> int: ...
 
     def launch(self, plan: StepPlan, masks: TokenMasks | None) -> Any:
         """Begin a step. Steps run in the order of their launches; what is returned goes to `collect`."""
@@ -134,6 +136,9 @@ class Engine:
         try:
             masks = self._guided.masks(plan) if self._guided is not None else None
             pending = self.runner.launch(plan, masks)
+        except RankError as error:  # there is no next step
+            self._fail_steps([*self._take_launched(), plan], str(error))
+            raise
         except Exception as error:  # whatever it was, it must not take the waiting requests down
             logger.exception("a step of %d requests could not be launched", len(plan.rows))
             return self._fail_steps([plan], f"the engine failed in this step: {type(error).__name__}")
@@ -149,6 +154,9 @@ class Engine:
         plan, masks = step.plan, step.masks
         try:
             result = self.runner.collect(step.pending)
+        except RankError as error:
+            self._fail_steps([plan, *self._take_launched()], str(error))
+            raise
         except Exception as error:
             logger.exception("a step of %d requests failed", len(plan.rows))
             reason = f"the engine failed in this step: {type(error).__name__}"

@@ -4,12 +4,12 @@ Reads messages between steps, sends one message a step, and sleeps in poll() whe
 is a pipe that only the parent holds: its end means that the parent is gone, and the process ends with it.
 """
 
-import ctypes
 import faulthandler
 import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 import zmq
@@ -35,6 +35,8 @@ from evenflow.engine.messages import (
     encode,
 )
 from evenflow.engine.opening import open_model, resolve_settings
+from evenflow.engine.parent import end_with_parent
+from evenflow.engine.rank_error import RankError
 from evenflow.engine.stats import block_map
 from evenflow.request import FinishReason, RequestDelta
 
@@ -42,7 +44,6 @@ logger = logging.getLogger("evenflow.engine")
 
 READING_DEADLINE_S = 600.0  # configuration and tokenizer; a hub may be slow
 WEIGHTS_DEADLINE_S = 1800.0
-_PR_SET_PDEATHSIG = 1
 
 
 class ParentGone(Exception):
@@ -53,7 +54,7 @@ class Channel:
     """The sockets to and from the front, and the pipe that tells if it lives."""
 
     def __init__(self, address: str, parent_fd: int) -> None:
-        self._context = zmq.Context()
+        self._context, self._address = zmq.Context(), address
         self._inbox, self._outbox = self._context.socket(zmq.PULL), self._context.socket(zmq.PUSH)
         for socket, suffix in ((self._inbox, "-in"), (self._outbox, "-out")):
             socket.set_hwm(0)  # the front bounds how many requests there are
@@ -65,6 +66,14 @@ class Channel:
 
     def send(self, message: ToFront) -> None:
         self._outbox.send(encode(message))
+
+    def send_last(self, message: ToFront) -> None:
+        """From any thread, over a socket of its own: the process ends after it."""
+        socket = self._context.socket(zmq.PUSH)
+        socket.connect(self._address + "-out")
+        socket.send(encode(message))
+        socket.close(linger=1000)
+        time.sleep(0.2)
 
     def receive(self, *, wait: bool) -> Iterator[ToEngine]:
         """Everything that has arrived; with `wait`, sleeps until there is something. Raises ParentGone."""
@@ -152,6 +161,9 @@ def serve(channel: Channel, server_type: Callable[[Engine, Channel], EngineServe
     except (ValueError, OSError) as error:
         channel.send(Failed(str(error), is_bad_input=True))
         return 2
+    except RankError as error:
+        channel.send(Failed(str(error), is_bad_input=False))
+        return 1
     except RuntimeError as error:  # a kernel that is wrong, a device that complains
         logger.exception("the engine could not start")
         channel.send(Failed(str(error), is_bad_input=False))
@@ -160,10 +172,15 @@ def serve(channel: Channel, server_type: Callable[[Engine, Channel], EngineServe
         server_type(built.engine, channel).run()
     except ParentGone:
         raise
+    except RankError as error:
+        channel.send(Failed(str(error), is_bad_input=False))
+        return 1
     except Exception as error:
         logger.exception("the engine failed")
         channel.send(Failed(f"{type(error).__name__}: {error}", is_bad_input=False))
         return 1
+    finally:
+        built.close()
     return 0
 
 
@@ -173,17 +190,15 @@ def build(config: EngineConfig, channel: Channel) -> BuiltEngine:
     opened = open_model(config)
     settings = resolve_settings(config, opened.model_config).settings
     channel.send(Phase("loading the weights and making the cache", WEIGHTS_DEADLINE_S))
-    built = build_engine(settings, opened)
+
+    def end(error: RankError) -> None:
+        """A rank has failed: whatever this process does, and even if it is stuck in a collective, it ends."""
+        channel.send_last(Failed(str(error), error.is_bad_input))
+        os._exit(2 if error.is_bad_input else 1)
+
+    built = build_engine(settings, opened, end)
     channel.send(Ready(built.settings, built.memory_account, built.kernel_account))
     return built
-
-
-def end_with_parent(parent_pid: int) -> None:
-    """Where the kernel can, have it kill this process with its parent, even while it is stopped or stuck in a step."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ References run on the CPU, so that nothing of the device's own is trusted.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from evenflow.kernels.all_reduce import PeerBuffers, launch_reduce_add_rms_norm, reduce_add_rms_norm
 from evenflow.kernels.draw import launch_draw
 from evenflow.kernels.filter import filter_thresholds, launch_filter_thresholds
 from evenflow.kernels.logprobs import launch_token_logprobs, token_logprobs
@@ -44,6 +45,7 @@ UNITS, FLOAT32_SUMS = 2.0, 2e-5
 EIGHT_BIT_SHARE = 5e-3  # of the mean: few of the values that are rounded to 8 bits lie so near to the middle
 TOP_P_SHIFT = 1e-5  # by how much of the mass sums in float32 may be off
 EPS = 1e-5
+CHECK_POLLS = 1 << 24  # of a peer that may be compiling: some ten seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,32 @@ class Comparison:
 
 class KernelError(RuntimeError):
     """A kernel does not run, or computes something else than its reference."""
+
+
+def check_all_reduce(peers: PeerBuffers, hidden_size: int, dtype: torch.dtype) -> list[Comparison]:
+    """Compare the sums over `peers` with their definition; all ranks call this at the same time. Raises KernelError.
+
+    Three of each kind, since two halves of a buffer take turns. A peer that does not come makes the result NaN; then,
+    or when it is wrong, nothing more is compared.
+    """
+    found: list[Comparison] = []
+    peers = replace(peers, max_polls=CHECK_POLLS)
+    for method in ("one_shot", "two_shot"):
+        for epoch in range(3):
+            generator = torch.Generator().manual_seed(epoch)
+            size = (peers.size + 1, 2 * epoch + 3, hidden_size)
+            *shares, residual = torch.randn(size, generator=generator).to(dtype)
+            weight = 1 + 0.1 * torch.randn(hidden_size, generator=generator).to(dtype)
+            x, r, w = (tensor.to(peers.state.device) for tensor in (shares[peers.rank], residual, weight))
+            try:
+                results = launch_reduce_add_rms_norm(x, r, w, EPS, peers, method)
+                expected = reduce_add_rms_norm(shares, residual, weight, EPS)
+                found += [_floats(f"all_reduce ({method})", *pair) for pair in zip(results, expected, strict=True)]
+                if not all(comparison.is_right for comparison in found):
+                    return found
+            except Exception as error:  # as below
+                raise KernelError(f"all_reduce does not run: {type(error).__name__}: {error}") from error
+    return found
 
 
 def check_kernels(shape: CheckedShape, device: torch.device) -> list[Comparison]:
@@ -281,10 +309,10 @@ def _logits(inputs: _Inputs, dtype: torch.dtype) -> Tensor:
 
 
 def _check_draw(inputs: _Inputs) -> Iterator[Comparison]:
-    """Of logits as the model gives them; and of float32, which edited ones are, with thresholds and a buffer."""
+    """Of few rows, as the model gives their logits; of more, in float32, as edits leave them, with thresholds."""
     (slots, lengths), table = _rows(), _table()
-    raw = _logits(inputs, inputs.dtype)
-    found = launch_draw(*inputs.on_device(raw, table, slots, lengths))
+    raw = _logits(inputs, inputs.dtype)[:3]
+    found = launch_draw(*inputs.on_device(raw, table, slots[:3], lengths[:3]))
     yield Comparison("draw", _lost_score(raw, found.cpu(), None), 1e-3)
     logits = _logits(inputs, torch.float32)
     thresholds = filter_thresholds(logits, table, slots)
@@ -299,19 +327,20 @@ def _check_draw(inputs: _Inputs) -> Iterator[Comparison]:
 
 def _lost_score(logits: Tensor, tokens: Tensor, thresholds: Tensor | None) -> float:
     """How much less the tokens score than the best ones do; infinite where there should be none, or should be one."""
-    num_rows = len(_REQUESTS)
+    requests = _REQUESTS[: len(tokens)]
+    num_rows = len(requests)
     if tokens[num_rows:].tolist() != [-1] * (len(tokens) - num_rows) or (tokens[:num_rows] < 0).any():
         return math.inf
     if (tokens >= logits.shape[1]).any():
         return math.inf
-    temperatures = torch.tensor([float(request.get("temperature", 1.0)) for request in _REQUESTS])
+    temperatures = torch.tensor([float(request.get("temperature", 1.0)) for request in requests])
     is_greedy = temperatures == 0
     scores = logits[:num_rows].float() / temperatures.masked_fill(is_greedy, 1.0)[:, None]
     if thresholds is not None:
         hidden = (scores < thresholds[:num_rows, None]) & ~is_greedy[:, None]
         scores = scores.masked_fill(hidden, -math.inf)
-    seeds = torch.tensor([(int(request.get("seed", 0)) + 2**63) % 2**64 - 2**63 for request in _REQUESTS])
-    prompts = torch.tensor([int(request.get("num_prompt_tokens", 0)) for request in _REQUESTS])
+    seeds = torch.tensor([(int(request.get("seed", 0)) + 2**63) % 2**64 - 2**63 for request in requests])
+    prompts = torch.tensor([int(request.get("num_prompt_tokens", 0)) for request in requests])
     noise = log_noise(seeds, torch.tensor(_LENGTHS[:num_rows]) - prompts, logits.shape[1])
     scores -= noise.masked_fill(is_greedy[:, None], 0.0)
     return float((scores.amax(-1) - scores.gather(1, tokens[:num_rows, None].long())[:, 0]).max())

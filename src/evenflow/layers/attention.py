@@ -27,9 +27,11 @@ class LayerBatch:
 
 
 class SelfAttention(nn.Module):
-    """[T, hidden] -> [T, hidden]. kv_cache: this layer's [num_blocks, 2, Hkv, block_size, head_dim], written first.
+    """[T, hidden] -> our share of [T, hidden].
 
-    k_scale, v_scale: [1] float32, what the keys and values of a cache of 8 bits are to be multiplied by.
+    kv_cache: this layer's [num_blocks, 2, Hkv, block_size, head_dim], written first. H and Hkv are this rank's heads; a
+    key head that several ranks need is held by each of them. k_scale, v_scale: [1] float32, what the keys and values of
+    a cache of 8 bits are to be multiplied by.
     """
 
     k_scale: Tensor
@@ -50,11 +52,13 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = place.tp.split("num_attention_heads", num_heads)
-        self.num_kv_heads = place.tp.split("num_key_value_heads", num_kv_heads)
+        kv_ranks = place.tp.sharing("num_key_value_heads", num_kv_heads)
+        self.num_kv_heads = kv_ranks.split("num_key_value_heads", num_kv_heads)
         self.head_dim, self.scale, self.window = head_dim, head_dim**-0.5, window
         kv_size = num_kv_heads * head_dim
         parts = {"q_proj": num_heads * head_dim, "k_proj": kv_size, "v_proj": kv_size}
-        self.qkv_proj = ColumnParallelLinear(hidden_size, parts, qkv_bias, place)
+        shared = {"k_proj": kv_ranks, "v_proj": kv_ranks}
+        self.qkv_proj = ColumnParallelLinear(hidden_size, parts, qkv_bias, place, shared)
         self.o_proj = RowParallelLinear("o_proj", num_heads * head_dim, hidden_size, out_bias, place)
         self.q_norm = RMSNorm(head_dim, head_norm_eps, place) if head_norm_eps is not None else None
         self.k_norm = RMSNorm(head_dim, head_norm_eps, place) if head_norm_eps is not None else None

@@ -1,23 +1,37 @@
-"""Matrix products whose weight is split over the tensor-parallel ranks by rows or by columns."""
+"""Matrix products whose weight is split over the tensor-parallel ranks by rows or by columns.
+
+A column-parallel product needs no communication. A row-parallel one gives each rank a share of a sum;
+RMSNorm.add_and_norm, which follows every one of them, adds the shares.
+"""
 
 from collections.abc import Iterator
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evenflow.distributed import TensorParallel
 from evenflow.layers.loading import Placement, Slot
 
 
 class ColumnParallelLinear(nn.Module):
     """One product for several checkpoint tensors: parts = {"q_proj": 4096, "k_proj": 1024, "v_proj": 1024}.
 
-    Every rank has a slice of each part's output. forward: [T, in_features] -> [T, sum of our slices].
+    Every rank has a slice of each part's output; of those in `shared`, over the ranks that are given there, see
+    TensorParallel.sharing. forward: [T, in_features] -> [T, sum of our slices].
     """
 
-    def __init__(self, in_features: int, parts: dict[str, int], bias: bool, place: Placement) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        parts: dict[str, int],
+        bias: bool,
+        place: Placement,
+        shared: dict[str, TensorParallel] | None = None,
+    ) -> None:
         super().__init__()
-        self.in_features, self.tp, self.full_parts = in_features, place.tp, parts
-        self.parts = {name: place.tp.split(name, size) for name, size in parts.items()}
+        self.in_features, self.full_parts = in_features, parts
+        self.ranks = {name: (shared or {}).get(name, place.tp) for name in parts}
+        self.parts = {name: self.ranks[name].split(name, size) for name, size in parts.items()}
         out_features = sum(self.parts.values())
         self.weight = place.empty(out_features, in_features)
         self.bias = place.empty(out_features) if bias else None
@@ -28,14 +42,17 @@ class ColumnParallelLinear(nn.Module):
     def slots(self) -> Iterator[tuple[str, Slot]]:
         sizes = list(self.parts.values())
         for index, (name, size) in enumerate(self.parts.items()):
-            full, rows = self.full_parts[name], self.tp.slice(size)
+            full, rows = self.full_parts[name], self.ranks[name].slice(size)
             yield f"{name}.weight", Slot(self.weight.split(sizes)[index], (full, self.in_features), (rows,))
             if self.bias is not None:
                 yield f"{name}.bias", Slot(self.bias.split(sizes)[index], (full,), (rows,))
 
 
 class RowParallelLinear(nn.Module):
-    """Every rank has a slice of the input and of the sum over it. forward: [T, our inputs] -> [T, out_features]."""
+    """Every rank has a slice of the input. forward: [T, our inputs] -> our share of the sum, [T, out_features].
+
+    The bias is in the share of rank 0.
+    """
 
     def __init__(self, name: str, in_features: int, out_features: int, bias: bool, place: Placement) -> None:
         super().__init__()
@@ -45,10 +62,7 @@ class RowParallelLinear(nn.Module):
         self.bias = place.empty(out_features) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.tp.size == 1:
-            return F.linear(x, self.weight, self.bias)
-        out = self.tp.all_reduce(F.linear(x, self.weight))
-        return out if self.bias is None else out + self.bias
+        return F.linear(x, self.weight, self.bias if self.tp.rank == 0 else None)
 
     def slots(self) -> Iterator[tuple[str, Slot]]:
         out_features = self.weight.shape[0]

@@ -36,7 +36,10 @@ class HasSlots(Protocol):
     _parameters: dict[str, nn.Parameter | None]
 
     def slots(self) -> Iterator[tuple[str, Slot]]:
-        """(name in the checkpoint relative to the layer's parent, slot) of every parameter of the layer."""
+        """(name in the checkpoint, slot) of every parameter of the layer.
+
+        A name is relative to the layer's parent, or, where it begins with a dot, to the layer.
+        """
 
 
 def checkpoint_slots(model: nn.Module) -> dict[str, Slot]:
@@ -46,7 +49,8 @@ def checkpoint_slots(model: nn.Module) -> dict[str, Slot]:
     for path, module in model.named_modules():
         if isinstance(module, HasSlots):
             parent = path.rpartition(".")[0]
-            slots.update({f"{parent}.{name}" if parent else name: slot for name, slot in module.slots()})
+            for name, slot in module.slots():
+                slots[path + name if name.startswith(".") else f"{parent}.{name}" if parent else name] = slot
             covered.update(f"{path}.{name}" for name in module._parameters)
     for name, parameter in model.named_parameters():
         if name not in covered:

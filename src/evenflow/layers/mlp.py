@@ -8,7 +8,7 @@ from evenflow.layers.loading import Placement
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)); gate and up are one product. [T, hidden] -> [T, hidden]."""
+    """down(silu(gate(x)) * up(x)); gate and up are one product. [T, hidden] -> our share of [T, hidden]."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, place: Placement) -> None:
         super().__init__()

@@ -2,20 +2,20 @@
 
 from torch import Tensor, nn
 
-from evenflow.kernels.rms_norm import add_rms_norm, rms_norm
+from evenflow.kernels.rms_norm import rms_norm
 from evenflow.layers.loading import Placement
 
 
 class RMSNorm(nn.Module):
-    """forward(x) norms over the last dimension; forward(x, residual) first adds, and returns the sum as well."""
+    """forward(x) norms over the last dimension; add_and_norm(x, residual) first adds, and returns the sum as well."""
 
     def __init__(self, size: int, eps: float, place: Placement) -> None:
         super().__init__()
-        self.weight, self.eps = place.empty(size), eps
+        self.weight, self.eps, self.tp = place.empty(size), eps, place.tp
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
     def add_and_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm(x + residual), x + residual)."""
-        return add_rms_norm(x, residual, self.weight, self.eps)
+        """(norm(s), s) with s = residual + the sum over the ranks of x, which is this rank's share of it. [T, size]."""
+        return self.tp.reduce_add_rms_norm(x, residual, self.weight, self.eps)

@@ -42,6 +42,7 @@ class DeviceFacts:
     warp_size: int
     capability: tuple[int, int]
     hip_arch: str | None
+    num_devices: int = 1
 
 
 def detect() -> Platform | None:
@@ -58,6 +59,7 @@ def detect() -> Platform | None:
             warp_size=properties.warp_size,
             capability=(properties.major, properties.minor),
             hip_arch=properties.gcnArchName if torch.version.hip else None,
+            num_devices=torch.cuda.device_count(),
         )
     )
 
@@ -92,6 +94,7 @@ def platform_of(facts: DeviceFacts) -> Platform:
         memory_bytes=facts.memory_bytes,
         default_dtype="bfloat16",
         specs=specs.key if specs else None,
+        num_devices=facts.num_devices,
     )
 
 

@@ -10,6 +10,7 @@ class Platform:
     name: for people. device: as PyTorch spells it (ROCm is "cuda"). arch: "gfx942", "sm_90", "cpu". fp8_dtype: torch's
     name of the native 8-bit float or None. lds_bytes: shared memory per workgroup. memory_bytes: total of the device.
     specs: the section of specs.toml that describes it, or None when it is not listed.
+    num_devices: how many of them this process can use.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Platform:
     memory_bytes: int
     default_dtype: str
     specs: str | None = None
+    num_devices: int = 1
 
 
 def detect(device: str = "auto") -> Platform:

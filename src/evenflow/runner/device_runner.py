@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from evenflow.config import Settings
-from evenflow.distributed import TensorParallel
+from evenflow.distributed import TensorParallel, connect_peers, local_view
 from evenflow.kernels.paged_attention import AttentionPlan, DeviceRows, make_plan, plan_attention
 from evenflow.kernels.self_check import CheckedShape
 from evenflow.kernels.step_inputs import expand_rows
@@ -48,15 +48,15 @@ class Pending:
     prompt_logprobs: dict[int, Chunks] = field(default_factory=dict)
 
 
-def _checked_shape(settings: Settings, model: ModelConfig, tp: TensorParallel) -> CheckedShape:
-    """What this rank's kernels are compiled for."""
+def _checked_shape(settings: Settings, model: ModelConfig) -> CheckedShape:
+    """What the kernels of a rank are compiled for, whose view `model` is."""
     return CheckedShape(
         dtype=settings.dtype,
         cache_dtype=settings.kv_cache_dtype,
         hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size // tp.size,
-        num_heads=model.num_heads // tp.size,
-        num_kv_heads=max(model.num_kv_heads // tp.size, 1),
+        intermediate_size=model.intermediate_size,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         vocab_size=model.vocab_size,
         block_size=settings.block_size,
@@ -86,11 +86,15 @@ class DeviceRunner:
         self.device, self.settings, self.model_config = self.stream.device, settings, model_config
         self.max_in_flight = 2 if settings.enable_overlap else 1
         tp = tp or TensorParallel()
-        self.kernel_account = check_at_start(_checked_shape(settings, model_config, tp), self.device)
-        place = Placement(self.device, getattr(torch, settings.dtype), tp)
+        self.local = local_view(model_config, tp)  # the heads that this rank has
+        self.kernel_account = check_at_start(_checked_shape(settings, self.local), self.device)
+        dtype = getattr(torch, settings.dtype)
+        if settings.enable_custom_all_reduce and tp.size > 1:
+            self.kernel_account += f"; {connect_peers(tp, model_config.hidden_size, dtype)}"
+        place = Placement(self.device, dtype, tp)
         self.model = make_model(model_config, place)
         if settings.load_format == "dummy":
-            fill_dummy(self.model, settings.seed)
+            fill_dummy(self.model, settings.seed, tp.rank)
         else:
             load_weights(self.model, directory, is_tied=model_config.tie_word_embeddings)
         fit_cache_scales(self.model, getattr(torch, settings.kv_cache_dtype))
@@ -101,21 +105,21 @@ class DeviceRunner:
         self.graphs = Graphs(self.stream, settings.max_num_seqs, is_enabled=settings.enable_graphs)
         self._attention_plan: AttentionPlan = make_plan(
             settings.max_num_seqs,
-            model_config.num_heads,
-            model_config.num_kv_heads,
+            self.local.num_heads,
+            self.local.num_kv_heads,
             model_config.head_dim,
             self.device,
         )
         self._set_up(settings.max_model_len, num_blocks=1)
         weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        self.memory: MemoryPlan = plan_device_memory(settings, model_config, weight_bytes, self._activation_bytes())
+        self.memory: MemoryPlan = plan_device_memory(settings, self.local, weight_bytes, self._activation_bytes(), tp)
         self._set_up(self.memory.max_model_len, self.memory.num_blocks)
         self.sampler = DeviceSampler(settings.max_num_seqs, model_config.vocab_size, self.slots)
         self._prompts: dict[int, tuple[list[int], int]] = {}  # by slot, where prompt_logprobs are asked for
 
     def _set_up(self, max_model_len: int, num_blocks: int) -> None:
         """What depends on the sizes that the memory decides."""
-        settings, model = self.settings, self.model_config
+        settings, model = self.settings, self.local
         self.kv_caches = make_caches(num_blocks, settings, model, self.device)
         cos, sin = cos_sin(model.rope, model.head_dim, max_model_len, self.device)
         self.cos, self.sin = cos[:, 0].contiguous(), sin[:, 0].contiguous()
@@ -161,6 +165,10 @@ class DeviceRunner:
         bad |= {row for row, found in prompt_logprobs.items() if any(isnan(entry.logprobs[0]) for entry in found)}
         logprobs = self._logprobs(pending, bad)
         return StepResult(token_ids.tolist(), logprobs, prompt_logprobs, dict.fromkeys(sorted(bad), NOT_FINITE))
+
+    def close(self) -> None:
+        """Destroy the graphs: a library of collectives does not end before those that it is in."""
+        self.graphs.clear()
 
     @staticmethod
     def _logprobs(pending: Pending, bad: set[int]) -> dict[int, TokenLogprobs]:

@@ -54,6 +54,11 @@ class Graphs:
     def num_recorded(self) -> int:
         return len(self._recorded)
 
+    def clear(self) -> None:
+        """Forget the graphs, and record no more."""
+        self.is_enabled = False
+        self._recorded.clear()
+
     def padded(self, num_tokens: int, num_rows: int, max_query_len: int) -> Sizes | None:
         """The sizes that a step is computed with, or None where it is too large for a graph."""
         is_decode = max_query_len == 1

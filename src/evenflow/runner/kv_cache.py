@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from evenflow.config import DTYPE_BYTES, Settings
+from evenflow.distributed import TensorParallel
 from evenflow.model_config import ModelConfig
 from evenflow.platforms import cpu
 from evenflow.runner.graphs import MAX_GRAPH_TOKENS
@@ -40,18 +41,31 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.1f} MiB"
 
 
-def plan_memory(settings: Settings, model: ModelConfig, weight_bytes: int) -> MemoryPlan:
-    """Size a CPU's cache. Raises ValueError with the numbers and the way out when no full-length request would fit."""
+def plan_memory(
+    settings: Settings, model: ModelConfig, weight_bytes: int, tp: TensorParallel | None = None
+) -> MemoryPlan:
+    """Size the cache of one rank, of which `model` is the view: as many blocks as fit on every rank.
+
+    Raises ValueError with the numbers and the way out, on all ranks, when no full-length request would fit.
+    """
+    tp = tp or TensorParallel()
     activation_bytes = activation_bytes_on_cpu(settings, model)
     share = min(settings.gpu_memory_utilization, MAX_CPU_SHARE)
-    free_bytes = int(cpu.available_memory_bytes() * share) - activation_bytes
-    return _plan(settings, model, weight_bytes, activation_bytes, free_bytes)
+    free_bytes = int(cpu.available_memory_bytes() * share) // tp.size - activation_bytes  # the ranks share it
+    return _plan(settings, model, weight_bytes, activation_bytes, free_bytes, tp)
 
 
-def plan_device_memory(settings: Settings, model: ModelConfig, weight_bytes: int, activation_bytes: int) -> MemoryPlan:
-    """Size a GPU's cache: what is left of gpu_memory_utilization of the device. Raises as plan_memory."""
+def plan_device_memory(
+    settings: Settings,
+    model: ModelConfig,
+    weight_bytes: int,
+    activation_bytes: int,
+    tp: TensorParallel | None = None,
+) -> MemoryPlan:
+    """Size a GPU's cache: what is left of gpu_memory_utilization of the device. As plan_memory otherwise."""
+    tp = tp or TensorParallel()
     if settings.device == "cpu":  # the stand-in that tests use
-        return _plan(settings, model, weight_bytes, activation_bytes, cpu.available_memory_bytes() // 8)
+        return _plan(settings, model, weight_bytes, activation_bytes, cpu.available_memory_bytes() // 8, tp)
     torch.cuda.empty_cache()
     free_bytes, total_bytes = torch.cuda.mem_get_info()
     graph_bytes = 0
@@ -61,7 +75,7 @@ def plan_device_memory(settings: Settings, model: ModelConfig, weight_bytes: int
         )
     not_ours = (1.0 - settings.gpu_memory_utilization) * total_bytes
     left_bytes = int(free_bytes - not_ours) - activation_bytes - graph_bytes
-    return _plan(settings, model, weight_bytes, activation_bytes, left_bytes, graph_bytes)
+    return _plan(settings, model, weight_bytes, activation_bytes, left_bytes, tp, graph_bytes)
 
 
 def _plan(
@@ -70,6 +84,7 @@ def _plan(
     weight_bytes: int,
     activation_bytes: int,
     free_bytes: int,
+    tp: TensorParallel,
     graph_bytes: int = 0,
 ) -> MemoryPlan:
     block_bytes = settings.block_size * settings.kv_bytes_per_token(model)
@@ -78,6 +93,7 @@ def _plan(
         num_blocks = settings.kv_cache_bytes // block_bytes
     else:
         num_blocks = min(max(free_bytes, 0) // block_bytes, useful_blocks)
+    num_blocks = tp.minimum(num_blocks)
     max_model_len = settings.max_model_len
     if num_blocks * settings.block_size < max_model_len:
         if not settings.fit_max_model_len or num_blocks == 0:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from evenflow.config import Settings
+from evenflow.distributed import TensorParallel, local_view
 from evenflow.kernels.attention import make_workspace
 from evenflow.layers.attention import LayerBatch
 from evenflow.layers.loading import Placement
@@ -27,22 +28,27 @@ NOT_FINITE = "the model's logits are not finite"
 class ModelRunner:
     """Turns a StepPlan into a StepResult. `directory` holds the checkpoint and is not read with load_format="dummy".
 
+    tp: the group in which this runner is a rank; all ranks are made, and execute the same plans, at the same time.
+
     Raises ValueError when the weights do not fit the configuration, or the cache would not hold one request.
     """
 
-    def __init__(self, settings: Settings, model_config: ModelConfig, directory: Path) -> None:
+    def __init__(
+        self, settings: Settings, model_config: ModelConfig, directory: Path, tp: TensorParallel | None = None
+    ) -> None:
+        tp = tp or TensorParallel()
         self.device = torch.device(settings.device)
-        self.model_config = model_config
-        self.model = make_model(model_config, Placement(self.device, getattr(torch, settings.dtype)))
+        self.local = local_view(model_config, tp)  # the heads that this rank has
+        self.model = make_model(model_config, Placement(self.device, getattr(torch, settings.dtype), tp))
         if settings.load_format == "dummy":
-            fill_dummy(self.model, settings.seed)
+            fill_dummy(self.model, settings.seed, tp.rank)
         else:
             load_weights(self.model, directory, is_tied=model_config.tie_word_embeddings)
         weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        self.num_parameters = model_config.num_parameters
-        self.kv_bytes_per_token = settings.kv_bytes_per_token(model_config)
-        self.memory: MemoryPlan = plan_memory(settings, model_config, weight_bytes)
-        self.kv_caches = make_caches(self.memory.num_blocks, settings, model_config, self.device)
+        self.num_parameters = self.local.num_parameters
+        self.kv_bytes_per_token = settings.kv_bytes_per_token(self.local)
+        self.memory: MemoryPlan = plan_memory(settings, self.local, weight_bytes, tp)
+        self.kv_caches = make_caches(self.memory.num_blocks, settings, self.local, self.device)
         self.workspace = make_workspace(self.kv_caches[0])
         max_model_len = self.memory.max_model_len
         self.cos, self.sin = cos_sin(model_config.rope, model_config.head_dim, max_model_len, self.device)
@@ -53,10 +59,15 @@ class ModelRunner:
     kernel_account = ""  # no kernel runs on a CPU
 
     def launch(self, plan: StepPlan, masks: TokenMasks | None = None) -> StepResult:
+        """Begin a step; on a CPU it is over when this returns."""
         return self.execute(plan, masks)
 
     def collect(self, pending: StepResult) -> StepResult:
+        """Wait for the step that `launch` began."""
         return pending
+
+    def close(self) -> None:
+        """Give back what would outlast the runner: nothing."""
 
     def execute(self, plan: StepPlan, masks: TokenMasks | None = None) -> StepResult:
         """Compute the plan's tokens, write their keys and values, and sample. Rows of the result are the plan's."""
@@ -73,7 +84,7 @@ class ModelRunner:
         if plan.zero_block_ids:
             for kv_cache in self.kv_caches:
                 kv_cache[plan.zero_block_ids] = 0
-        batch = self.slots.make_batch(plan.rows, self.model_config.num_kv_heads, self.workspace)
+        batch = self.slots.make_batch(plan.rows, self.local.num_kv_heads, self.workspace)
         layer_batch = LayerBatch(self.cos[batch.positions], self.sin[batch.positions], batch.attention)
         hidden = self.model(batch.token_ids, layer_batch, self.kv_caches)
         prompt_logprobs = self._prompt_logprobs(batch, hidden)

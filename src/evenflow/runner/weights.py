@@ -54,7 +54,8 @@ def _fill(slot: Slot, file: "safe_open", name: str, file_name: str) -> None:
         raise ValueError(
             f"{file_name}: tensor {name!r} has shape {list(shape)}, config.json asks for {list(slot.shape)}"
         )
-    slot.target.copy_(part[slot.index or slice(None)])
+    if slot.target.numel():  # the last ranks may have nothing of a small vocabulary
+        slot.target.copy_(part[slot.index or slice(None)])
 
 
 def _fill_scale(target: Tensor, file: "safe_open", name: str, file_name: str) -> None:
@@ -85,11 +86,14 @@ def _open(path: Path) -> Iterator["safe_open"]:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 
-def fill_dummy(model: nn.Module, seed: int) -> None:
-    """Random weights, made on the parameters' own device: normal with the usual deviation, norms 1, biases 0."""
+def fill_dummy(model: nn.Module, seed: int, rank: int = 0) -> None:
+    """Random weights, made on the parameters' own device: normal with the usual deviation, norms 1, biases 0.
+
+    The slices of different ranks differ.
+    """
     for index, (name, parameter) in enumerate(model.named_parameters()):
         if parameter.dim() == 1:
             parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
-            generator = torch.Generator(parameter.device).manual_seed(seed * 100_003 + index)
+            generator = torch.Generator(parameter.device).manual_seed((seed + 1009 * rank) * 100_003 + index)
             parameter.data.normal_(0.0, DUMMY_STD, generator=generator)
