@@ -120,7 +120,7 @@ def test_the_report_has_the_seeds_numbers_and_ours_beside_them():
     assert rows(report, "Table 1")["MI210 (seed)"] == ["181", "64", "1638.4", "300", "300", "1x"]
     assert rows(report, "Table 1")["h100-sxm (this machine)"][:3] == ["989.00", "80", "3,350.0"]
     parity = rows(report, "Parity")
-    assert parity["llama-2-7b: MI210 over A100 (seed)"][0] == "0.95"
+    assert parity["llama-2-7b: MI210 over A100 (seed)"] == ["0.95", "1.34"]  # 16 % over 12 % of ideal
     assert parity["llama-2-7b: NVIDIA H100 80GB HBM3 over A100 (seed)"][0] == "1.32"
     names = [plot.name for section in report.sections for plot in section.plots]
     assert names == ["figure-1", "figure-2", "figure-1-fractions", "latency-llama-2-7b"]
