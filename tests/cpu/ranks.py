@@ -1,7 +1,7 @@
 """Ranks without an engine process: each runs its own scheduler over the same requests, and prints what it generated.
 
 `python ranks.py tokens RANK SIZE ADDRESS DIRECTORY...`: one JSON list, of every checkpoint the tokens of every request.
-`python ranks.py device ...`: the same of the runner of a GPU, on a device that is late, with graphs and steps in flight.
+`python ranks.py device ...`: the same of a GPU's runner, on a device that is late, with graphs and steps in flight.
 `python ranks.py sum RANK SIZE ADDRESS DEADLINE_S`: joins, and prints the sum of the ranks' numbers.
 """
 
