@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -104,6 +105,24 @@ def test_models_are_chosen_by_what_fits():
     assert set(why) == {"llama-2-13b", "llama-2-70b"}
     assert "rtx-4090" in why["llama-2-13b"]
     assert set(chosen) | set(left_out) == set(seed.MODELS)
+
+
+def test_a_model_over_several_gpus_is_run_so_and_nothing_is_lost_between_parts(monkeypatch):
+    asked, saved = [], []
+
+    def throughput(model, make_workload, options, **rest):
+        asked.append((model, options, len(make_workload(2048, 3000).requests)))
+        return {"requests_per_second": 1.0}
+
+    monkeypatch.setattr(paper, "bench_throughput", throughput)
+    monkeypatch.setattr(paper.engines, "resolved", lambda *_: (None, SimpleNamespace(device="cuda")))
+    models = {"llama-2-7b": 1, "llama-2-70b": 4}
+    paper.measure(models, {}, loads=(), save=lambda record: saved.append(list(record["models"])), is_shown=False)
+    assert asked == [
+        ("llama-2-7b", {"max_model_len": 2048}, 1000),
+        ("llama-2-70b", {"max_model_len": 2048, "tensor_parallel_size": 4}, 1000),
+    ]
+    assert saved == [["llama-2-7b"]] * 2 + [list(models)] * 2
 
 
 def rows(report, title):
