@@ -255,7 +255,7 @@ def _map_peers(tp: TensorParallel, group: Group) -> str:
     except PeerMemoryError as error:
         failed = str(error)
     if not (reason := _first_reason(tp, failed)):
-        group.peers = make_peer_buffers(tp.rank, addresses, torch.device("cuda", tp.rank), memory)
+        group.peers = make_peer_buffers(tp.rank, addresses, group.device, memory)
     return reason
 
 
