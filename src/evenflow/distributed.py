@@ -58,6 +58,13 @@ class Group:
         self.device, self.peers = device, peers
         self.num_collectives = 0  # begun by this rank: tells who is behind when a step hangs
 
+    def close(self) -> None:
+        """Give back what peers have read. They have ended."""
+        if self.peers is not None and isinstance(memory := self.peers.owner, PeerMemory):
+            self.peers = None
+            with contextlib.suppress(PeerMemoryError):
+                memory.close()
+
     def all_reduce(self, x: Tensor, operation: "dist.ReduceOp.RedOpType" = dist.ReduceOp.SUM) -> Tensor:
         """In place."""
         self.num_collectives += 1

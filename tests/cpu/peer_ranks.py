@@ -60,10 +60,14 @@ def main(rank: int, size: int, address: str, directory: str, folder: str, fault:
     if FileMemory.fault == "wrong":
         self_check.launch_reduce_add_rms_norm = lambda x, residual, weight, *rest: check(x, residual, -weight, *rest)
     tp = distributed.join(rank, size, address, ranks.CPU, deadline_s=60)
+    tokens = []
     with interpreted():
-        tokens = ranks.generate(
-            Path(directory), tp, enable_overlap=True, enable_graphs=True, enable_custom_all_reduce=True
-        )
+        if fault == "none":
+            settings = dict.fromkeys(("enable_overlap", "enable_graphs", "enable_custom_all_reduce"), True)
+            tokens = ranks.generate(Path(directory), tp, **settings)
+        else:
+            device_runner.connect_peers(tp, 32, torch.float32)
+            tp.reduce_add_rms_norm(torch.ones(1, 32), torch.zeros(1, 32), torch.ones(32), 1e-5)
     print(json.dumps({"tokens": tokens, "num_sums": len(sums), "account": accounts[0]}))
     with suppress(RuntimeError):
         distributed.leave()

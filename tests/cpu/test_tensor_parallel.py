@@ -118,8 +118,8 @@ def test_sums_over_peer_memory_are_used_where_all_ranks_can(checkpoints, tmp_pat
     for rank, (code, line) in enumerate(outputs([ranks.start([], r, 2, address, *args, file=file) for r in range(2)])):
         assert code == 0, line
         found = json.loads(line)
-        assert found["tokens"] == expected
-        assert (found["num_sums"] > 100) == (fault == "none")
+        assert found["tokens"] == (expected if fault == "none" else [])
+        assert (found["num_sums"] > 0) == (fault == "none")
         assert (
             found["account"] == account
             if rank or fault == "none"
