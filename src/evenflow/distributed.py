@@ -288,15 +288,16 @@ def abort(group: Group | None) -> None:
         return
     if group.peers is not None:
         group.peers.abort()
-    # It waits until the graphs are destroyed that collectives were recorded in.
+    # It tells the GPU at once, and then waits until the graphs are destroyed that collectives were recorded in.
     threading.Thread(target=_abort_library, name="evenflow-abort", daemon=True).start()
 
 
 def _abort_library() -> None:
     with _ending:
-        if dist.is_initialized():
+        group = dist.group.WORLD
+        if group is not None:
             with contextlib.suppress(RuntimeError):
-                dist.distributed_c10d._abort_process_group()
+                group.abort()  # of the only communicator: dist._abort_process_group may hold the interpreter's lock
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
