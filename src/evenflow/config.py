@@ -202,8 +202,8 @@ def _fp8(platform: Platform) -> str:
 
 def check_tensor_parallel_size(size: int, model: ModelConfig, platform: Platform) -> None:
     """Raises ValueError, with the way out, when the model cannot be split over so many ranks, or they are not there."""
-    if not _can_be_split(model, size):
-        sizes = ", ".join(str(n) for n in range(1, model.num_heads + 1) if _can_be_split(model, n))
+    if not can_be_split(model, size):
+        sizes = ", ".join(str(n) for n in range(1, model.num_heads + 1) if can_be_split(model, n))
         raise ValueError(
             f"tensor_parallel_size={size} cannot split this model's {model.num_heads} attention heads, "
             f"{model.num_kv_heads} key heads and {model.intermediate_size} MLP columns evenly; it can be {sizes}"
@@ -214,7 +214,7 @@ def check_tensor_parallel_size(size: int, model: ModelConfig, platform: Platform
         )
 
 
-def _can_be_split(model: ModelConfig, size: int) -> bool:
+def can_be_split(model: ModelConfig, size: int) -> bool:
     """Key heads that are fewer than the ranks are held by several of them."""
     has_key_heads = model.num_kv_heads % size == 0 or size % model.num_kv_heads == 0
     return model.num_heads % size == 0 and model.intermediate_size % size == 0 and has_key_heads

@@ -58,6 +58,13 @@ class Group:
         self.device, self.peers = device, peers
         self.num_collectives = 0  # begun by this rank: tells who is behind when a step hangs
 
+    def close(self) -> None:
+        """Give back what peers have read. They have ended."""
+        if self.peers is not None and isinstance(memory := self.peers.owner, PeerMemory):
+            self.peers = None
+            with contextlib.suppress(PeerMemoryError):
+                memory.close()
+
     def all_reduce(self, x: Tensor, operation: "dist.ReduceOp.RedOpType" = dist.ReduceOp.SUM) -> Tensor:
         """In place."""
         self.num_collectives += 1
@@ -255,7 +262,7 @@ def _map_peers(tp: TensorParallel, group: Group) -> str:
     except PeerMemoryError as error:
         failed = str(error)
     if not (reason := _first_reason(tp, failed)):
-        group.peers = make_peer_buffers(tp.rank, addresses, torch.device("cuda", tp.rank), memory)
+        group.peers = make_peer_buffers(tp.rank, addresses, group.device, memory)
     return reason
 
 
@@ -281,15 +288,16 @@ def abort(group: Group | None) -> None:
         return
     if group.peers is not None:
         group.peers.abort()
-    # It waits until the graphs are destroyed that collectives were recorded in.
+    # It tells the GPU at once, and then waits until the graphs are destroyed that collectives were recorded in.
     threading.Thread(target=_abort_library, name="evenflow-abort", daemon=True).start()
 
 
 def _abort_library() -> None:
     with _ending:
-        if dist.is_initialized():
+        group = dist.group.WORLD
+        if group is not None:
             with contextlib.suppress(RuntimeError):
-                dist.distributed_c10d._abort_process_group()
+                group.abort()  # of the only communicator: dist._abort_process_group may hold the interpreter's lock
 
 
 def _host_and_port(address: str) -> tuple[str, int]:

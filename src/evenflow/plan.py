@@ -1,14 +1,15 @@
 """What a model needs of a GPU, and how fast it can be there at most: arithmetic on config.json and specs.toml.
 
 Needs neither GPU nor torch. The speed is a physical limit, not a forecast: every step reads the weights and the keys
-and values of its sequences once, and multiplies; what takes longer bounds it.
+and values of its sequences once, and multiplies; what takes longer bounds it. With several GPUs sums go over the links
+between them, and nothing else is done meanwhile.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from typing import Any
 
-from evenflow.config import DTYPE_BYTES
+from evenflow.config import DTYPE_BYTES, can_be_split
 from evenflow.model_config import ModelConfig
 from evenflow.model_files import find_model, read_json
 from evenflow.platforms.gpu import fp8_dtype_of
@@ -19,6 +20,9 @@ MEAN_REQUEST_TOKENS = 479  # prompt + output of ShareGPT's mean request
 STEP_TOKENS = 8192  # the largest step
 MAX_SEQS = 256
 GPU_COUNTS = (1, 2, 4, 8)
+# Between GPUs. A sum or a gathering takes so long whatever its size: assumed, and measured by benchmarks/all_reduce.py.
+COLLECTIVE_S = 10e-6
+PCIE_BYTES_PER_S = 64e9  # both ways together, version 4.0 with 16 lanes: where a GPU has no link of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +30,8 @@ class Plan:
     """A model on `num_gpus` of one GPU, tensor-parallel. Bytes are per GPU, tokens and requests of all together.
 
     limit_*: decoded tokens per second at most, at one request and at `num_concurrent` requests of the mean length, when
-    memory and arithmetic overlap perfectly (ideal) and when they do not at all. reason: why it does not fit.
+    memory and arithmetic overlap perfectly (ideal) and when they do not at all. link_share_*: of the time of a step of
+    limit_one_request and limit_ideal, what goes to sums between the GPUs. reason: why it does not fit.
     """
 
     model: str
@@ -46,6 +51,8 @@ class Plan:
     limit_one_request: float
     limit_ideal: float
     limit_no_overlap: float
+    link_share_one_request: float
+    link_share: float
     reason: str
 
     @property
@@ -82,25 +89,28 @@ def make_plan(
     kv_cache_dtype: str = "auto",
     max_model_len: int | None = None,
 ) -> Plan:
-    """Raises ValueError for a number of GPUs that the heads cannot be split over, or a context beyond the model's."""
+    """Raises ValueError for a number of GPUs that the model cannot be split over, or a context beyond the model's."""
     dtype = dtype if dtype != "auto" else model.dtype if model.dtype != "float32" else "bfloat16"
     fp8_dtype = fp8_dtype_of(specs.arch)
     lacks_fp8 = kv_cache_dtype == "fp8" and fp8_dtype is None
     kv_cache_dtype = {"auto": dtype, "fp8": fp8_dtype or "float8_e4m3fn"}.get(kv_cache_dtype, kv_cache_dtype)
-    if model.num_heads % num_gpus:
-        raise ValueError(f"--gpus {num_gpus} must divide the model's {model.num_heads} attention heads")
+    if not can_be_split(model, num_gpus):
+        raise ValueError(
+            f"--gpus {num_gpus} must divide the model's {model.num_heads} attention heads and "
+            f"{model.intermediate_size} MLP columns, and divide or be divided by its {model.num_kv_heads} key heads"
+        )
     context = max_model_len or model.max_context
     if context > model.max_context:
         raise ValueError(f"--max-model-len {context} exceeds the model's context of {model.max_context} tokens")
-    # Key heads are replicated where there are fewer than GPUs.
-    kv_heads_per_gpu = max(model.num_kv_heads // num_gpus, 1)
-    kv_bytes = 2 * model.num_layers * kv_heads_per_gpu * model.head_dim * DTYPE_BYTES[kv_cache_dtype]
-    weight_bytes = -(-model.num_parameters * DTYPE_BYTES[dtype] // num_gpus)
+    local = _of_one_gpu(model, num_gpus)
+    kv_bytes = local.kv_elements_per_token * DTYPE_BYTES[kv_cache_dtype]
+    weight_bytes = local.num_parameters * DTYPE_BYTES[dtype]
     activation_bytes = _activation_bytes(model, num_gpus, DTYPE_BYTES[dtype])
     cache_bytes = max(int(specs.memory_bytes * MEMORY_SHARE) - weight_bytes - activation_bytes, 0)
     num_tokens = cache_bytes // kv_bytes
     num_concurrent = min(num_tokens // MEAN_REQUEST_TOKENS, MAX_SEQS)
-    speed = _Speed(model, specs, num_gpus, weight_bytes, kv_bytes)
+    speed = _Speed(local, specs, num_gpus, DTYPE_BYTES[dtype], kv_bytes)
+    one, all_of_them = speed.of(1), speed.of(num_concurrent)
     return Plan(
         model=name,
         gpu=specs.key,
@@ -116,12 +126,25 @@ def make_plan(
         num_cache_tokens=num_tokens,
         num_full_length_requests=num_tokens / context,
         num_concurrent=num_concurrent,
-        limit_one_request=speed.tokens_per_s(1)[0],
-        limit_ideal=speed.tokens_per_s(num_concurrent)[0],
-        limit_no_overlap=speed.tokens_per_s(num_concurrent)[1],
+        limit_one_request=one.ideal,
+        limit_ideal=all_of_them.ideal,
+        limit_no_overlap=all_of_them.no_overlap,
+        link_share_one_request=one.link_share,
+        link_share=all_of_them.link_share,
         reason="it has no 8-bit floats; leave --kv-cache-dtype at auto"
         if lacks_fp8
         else _why_not(specs, weight_bytes + activation_bytes, num_tokens, context),
+    )
+
+
+def _of_one_gpu(model: ModelConfig, num_gpus: int) -> ModelConfig:
+    """What one GPU holds. Key heads are replicated where there are fewer than GPUs; the vocabulary is rounded up."""
+    return replace(
+        model,
+        num_heads=model.num_heads // num_gpus,
+        num_kv_heads=max(model.num_kv_heads // num_gpus, 1),
+        intermediate_size=model.intermediate_size // num_gpus,
+        vocab_size=-(-model.vocab_size // num_gpus),
     )
 
 
@@ -143,28 +166,52 @@ def _why_not(specs: Specs, fixed_bytes: int, num_tokens: int, context: int) -> s
 
 
 @dataclass(frozen=True, slots=True)
-class _Speed:
-    """The physical limit of one decode step."""
+class _Limit:
+    """Tokens per second of all GPUs together, and the share of an ideal step that goes to sums between them."""
 
-    model: ModelConfig
+    ideal: float = 0.0
+    no_overlap: float = 0.0
+    link_share: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Speed:
+    """The physical limit of one decode step. local: what one GPU holds."""
+
+    local: ModelConfig
     specs: Specs
     num_gpus: int
-    weight_bytes: int
+    element_bytes: int
     kv_bytes: int
 
-    def tokens_per_s(self, batch: int) -> tuple[float, float]:
-        """(ideal, no overlap) for `batch` sequences at the mean request's length. All of the GPUs together."""
+    def of(self, batch: int) -> _Limit:
+        """For `batch` sequences at the mean request's length."""
         if not batch:
-            return 0.0, 0.0
-        model = self.model
-        context = MEAN_REQUEST_TOKENS
+            return _Limit()
+        model, context = self.local, MEAN_REQUEST_TOKENS
         embedding = model.vocab_size * model.hidden_size
-        read_weights = self.weight_bytes
+        num_read = model.num_parameters
         if not model.tie_word_embeddings:  # of the input embedding only the batch's rows are read
-            read_weights -= embedding * self.weight_bytes // model.num_parameters
-        memory_s = (read_weights + batch * context * self.kv_bytes) / self.specs.bandwidth_bytes_per_s
+            num_read -= embedding
+        num_bytes = num_read * self.element_bytes + batch * context * self.kv_bytes
+        memory_s = num_bytes / self.specs.bandwidth_bytes_per_s
         products = model.num_layers * model.num_layer_parameters + embedding
         attention = 2 * model.num_layers * model.num_heads * model.head_dim * context
-        flops = 2 * batch * (products + attention) / self.num_gpus
-        compute_s = flops / self.specs.bf16_flops
-        return batch / max(memory_s, compute_s), batch / (memory_s + compute_s)
+        compute_s = 2 * batch * (products + attention) / self.specs.bf16_flops
+        links_s = self.links_s(batch)
+        ideal_s = max(memory_s, compute_s) + links_s
+        return _Limit(batch / ideal_s, batch / (memory_s + compute_s + links_s), links_s / ideal_s)
+
+    def links_s(self, batch: int) -> float:
+        """Of the sums after the embedding and after each attention and MLP, and of the gathering of the logits.
+
+        Of a sum, at least 2 (P - 1) / P of the message comes in at every GPU.
+        """
+        if self.num_gpus == 1:
+            return 0.0
+        model = self.local
+        num_sums = 2 * model.num_layers + 1
+        others = (self.num_gpus - 1) / self.num_gpus
+        elements = num_sums * 2 * others * model.hidden_size + (self.num_gpus - 1) * model.vocab_size
+        incoming_bytes_per_s = (self.specs.link_bytes_per_s or PCIE_BYTES_PER_S) / 2
+        return (num_sums + 1) * COLLECTIVE_S + batch * elements * self.element_bytes / incoming_bytes_per_s

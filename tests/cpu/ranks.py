@@ -36,8 +36,11 @@ PARAMS = [
 PROMPTS = ((0, 40), (1, 30), (0, 40), (1, 17))  # which text, and how much of it
 
 
-def generate(directory: Path, tp: TensorParallel | None = None, *, on_device: bool = False) -> list[list[int]]:
-    """Tokens of requests that share beginnings, in a cache that is too small for all of them, in chunks."""
+def generate(directory: Path, tp: TensorParallel | None = None, **device_settings: bool) -> list[list[int]]:
+    """Tokens of requests that share beginnings, in a cache that is too small for all of them, in chunks.
+
+    device_settings: changes to the settings, for the runner of a device; without, the CPU's runs.
+    """
     config = EngineConfig(
         model=str(directory),
         skip_tokenizer_init=True,
@@ -50,8 +53,8 @@ def generate(directory: Path, tp: TensorParallel | None = None, *, on_device: bo
     )
     opened = open_model(config)
     settings = resolve_settings(config, opened.model_config).settings
-    if on_device:
-        settings = replace(settings, enable_overlap=True, enable_graphs=True)
+    if device_settings:
+        settings = replace(settings, **device_settings)
         runner = DeviceRunner(settings, opened.model_config, directory, tp, LazyStream())
     else:
         runner = ModelRunner(settings, opened.model_config, directory, tp)
@@ -78,14 +81,22 @@ def generate(directory: Path, tp: TensorParallel | None = None, *, on_device: bo
             assert delta.error is None, delta.error
     assert scheduler.num_preemptions > 0
     assert scheduler.num_prefix_hits > 0
-    assert not on_device or runner.graphs.num_replays > 0
+    assert not device_settings or runner.graphs.num_replays > 0
     return [request.token_ids[request.num_prompt_tokens :] for request in requests]
 
 
-def start(command: list[str], rank: int, size: int, address: str, *args: str, prefix: tuple[str, ...] = ()):
+def start(
+    command: list[str],
+    rank: int,
+    size: int,
+    address: str,
+    *args: str,
+    prefix: tuple[str, ...] = (),
+    file: str = __file__,
+):
     """One rank as a process, its outputs piped."""
     return subprocess.Popen(
-        [*prefix, sys.executable, __file__, *command, str(rank), str(size), address, *args],
+        [*prefix, sys.executable, file, *command, str(rank), str(size), address, *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -104,7 +115,8 @@ def main(mode: str, rank: str, size: str, address: str, *args: str) -> int:
     if mode == "sum":
         print(tp.all_reduce(torch.tensor([float(rank) + 1])).item(), tp.minimum(int(rank) + 5))
     else:
-        print(json.dumps([generate(Path(path), tp, on_device=mode == "device") for path in args]))
+        device_settings = {"enable_overlap": True, "enable_graphs": True} if mode == "device" else {}
+        print(json.dumps([generate(Path(path), tp, **device_settings) for path in args]))
     leave()
     return 0
 

@@ -1,12 +1,17 @@
 """What fits a GPU and how fast it can be, against numbers worked out by hand."""
 
 import json
+import re
 
 import pytest
+import torch
 from checkpoints import make_checkpoint
 
 from evenflow.cli import main
+from evenflow.distributed import TensorParallel
+from evenflow.layers.loading import Placement
 from evenflow.model_config import ModelConfig
+from evenflow.models import make_model
 from evenflow.plan import known_models, make_plan, read_model_config
 from evenflow.platforms.specs import find_specs
 
@@ -55,9 +60,37 @@ def test_several_gpus():
     plans = {n: make_plan("llama-2-70b", model, specs, n) for n in (1, 2, 4, 8)}
     assert [n for n, plan in plans.items() if plan.fits] == [4, 8]
     assert "weights and activations need" in plans[1].reason
+    with pytest.raises(ValueError, match="--gpus 3 must divide the model's 64 attention heads and 28672 MLP columns"):
+        make_plan("llama-2-70b", model, specs, 3)
     # 8 key heads on 16 GPUs: each is held twice, so a GPU's share does not shrink further.
     sixteen = make_plan("llama-2-70b", model, specs, 16)
     assert sixteen.cache_bytes // sixteen.num_cache_tokens == pytest.approx(327_680 / 8, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama-2-7b", "llama-3.1-70b", "qwen2.5-7b", "qwen3-8b"])
+@pytest.mark.parametrize("num_gpus", [1, 2, 4])
+def test_the_weights_of_a_gpu_are_those_of_the_model_that_a_rank_makes(name, num_gpus):
+    config = read_model_config(name)
+    place = Placement(torch.device("meta"), getattr(torch, config.dtype), TensorParallel(num_gpus - 1, num_gpus))
+    parameters = make_model(config, place).parameters()
+    plan = make_plan(name, config, find_specs("mi300x"), num_gpus)
+    assert plan.weight_bytes == sum(p.numel() * p.element_size() for p in parameters)
+
+
+def test_sums_between_gpus_by_hand():
+    """LLaMA-2 70B on four A100: 161 sums of 8,192 and a gathering of 32,000 numbers for each request, at 300 GB/s."""
+    model = read_model_config("llama-2-70b")
+    plan = make_plan("m", model, find_specs("a100"), 4)
+    links_s = 162 * 10e-6 + 2 * (161 * 2 * 3 / 4 * 8192 + 3 / 4 * 32000) / 300e9
+    layer = 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672) // 4 + 2 * 8192
+    read_bytes = 2 * (80 * layer + 8000 * 8192 + 8192) + 479 * 327_680 // 4
+    assert plan.limit_one_request == pytest.approx(1 / (read_bytes / 2.039e12 + links_s))
+    assert plan.link_share_one_request == pytest.approx(links_s * plan.limit_one_request)
+    assert plan.link_share_one_request == pytest.approx(0.088, abs=0.001)
+    l40 = make_plan("m", model, find_specs("l40"), 8)  # no link: over PCIe, 32 GB/s come in
+    links_s = 162 * 10e-6 + l40.num_concurrent * 2 * (161 * 2 * 7 / 8 * 8192 + 7 / 8 * 32000) / 32e9
+    assert l40.link_share == pytest.approx(links_s * l40.limit_ideal / l40.num_concurrent)
+    assert make_plan("m", model, find_specs("mi300x"), 1).link_share == 0.0
 
 
 def test_a_short_cache_does_not_fit():
@@ -96,6 +129,8 @@ def test_the_command(capsys):
     out = capsys.readouterr().out
     assert "68.98 G parameters in float16, 327,680 KV bytes per token" in out
     assert "weights and activations need" in out
+    assert main(["plan", "llama-2-70b", "--gpu", "a100", "--gpus", "4"]) == 0
+    assert re.search(r" 9%, [0-9]+% *$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_directory(tmp_path, capsys):

@@ -73,10 +73,16 @@ def free_address() -> str:
 def outputs(processes) -> list[tuple[int, str]]:
     """Exit code and last line of standard output of each."""
     found = []
-    for process in processes:
-        out, err = process.communicate(timeout=90)
-        assert process.returncode in (0, 3), err
-        found.append((process.returncode, out.splitlines()[-1]))
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=90)
+            assert process.returncode in (0, 3), err
+            found.append((process.returncode, out.splitlines()[-1]))
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
     return found
 
 
@@ -94,6 +100,31 @@ def test_every_model_type_generates_what_one_rank_does(checkpoints, mode, size, 
     for code, line in outputs([ranks.start([mode], rank, size, address, *directories) for rank in range(size)]):
         assert code == 0, line
         assert dict(zip(cases, json.loads(line), strict=True)) == {name: checkpoints[name][1] for name in cases}
+
+
+@pytest.mark.parametrize(
+    ("fault", "account"),
+    [
+        ("none", "all-reduce: our kernel over peer memory for small steps"),
+        ("open", "all-reduce: the library's, not our kernel over peer memory (planted)"),
+        ("wrong", "all-reduce: the library's, not our kernel over peer memory (all_reduce (one_shot) is wrong)"),
+    ],
+)
+def test_sums_over_peer_memory_are_used_where_all_ranks_can(checkpoints, tmp_path, fault, account):
+    """Under the interpreter, in files that the ranks share. Rank 1 has the fault, and both use the library then."""
+    directory, expected = checkpoints["llama-mqa"]
+    address, file = free_address(), str(Path(__file__).with_name("peer_ranks.py"))
+    args = [str(directory), str(tmp_path), fault]
+    for rank, (code, line) in enumerate(outputs([ranks.start([], r, 2, address, *args, file=file) for r in range(2)])):
+        assert code == 0, line
+        found = json.loads(line)
+        assert found["tokens"] == (expected if fault == "none" else [])
+        assert (found["num_sums"] > 0) == (fault == "none")
+        assert (
+            found["account"] == account
+            if rank or fault == "none"
+            else found["account"].endswith("(another rank could not)")
+        )
 
 
 # The whole engine

@@ -125,7 +125,7 @@ def test_the_check_at_start_finds_a_wrong_sum(monkeypatch):
         return reduce_add_rms_norm([shares[0], shares[0]], *rest)
 
     monkeypatch.setattr("evenflow.kernels.self_check.reduce_add_rms_norm", one_share_twice)
-    assert in_ranks(2, work) == [[False] * 2] * 2
+    assert in_ranks(2, work) == [[False] * 12] * 2
 
 
 def test_the_method_depends_on_the_size():

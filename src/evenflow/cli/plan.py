@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from evenflow.config import can_be_split
     from evenflow.plan import GPU_COUNTS, make_plan, read_model_config
     from evenflow.platforms.specs import all_specs, find_specs
 
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--max-model-len {args.max_model_len} must be at least 1")
     gpus = [find_specs(args.gpu)] if args.gpu else list(all_specs().values())
     model = read_model_config(args.model, args.revision)
-    counts = (args.gpus,) if args.gpus else tuple(n for n in GPU_COUNTS if model.num_heads % n == 0)
+    counts = (args.gpus,) if args.gpus else tuple(n for n in GPU_COUNTS if can_be_split(model, n))
     plans = [
         make_plan(
             args.model,
@@ -68,7 +69,7 @@ def _print(plans: "list[Plan]") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from evenflow.plan import MEAN_REQUEST_TOKENS
+    from evenflow.plan import COLLECTIVE_S, MEAN_REQUEST_TOKENS
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     first, cache_dtypes = plans[0], " or ".join(sorted({plan.kv_cache_dtype for plan in plans}))
@@ -80,7 +81,7 @@ def _print(plans: "list[Plan]") -> None:
     table = Table(box=None, header_style="bold")
     for name in ("GPU", "fits", "weights", "KV cache", "tokens", "full-length", "requests"):
         table.add_column(name, justify="left" if name == "GPU" else "right")
-    for name in ("tokens/s, 1 request", "all, ideal", "no overlap"):
+    for name in ("tokens/s, 1 request", "all, ideal", "no overlap", "links"):
         table.add_column(name, justify="right")
     for plan in plans:
         table.add_row(
@@ -92,6 +93,7 @@ def _print(plans: "list[Plan]") -> None:
             f"{plan.num_full_length_requests:.1f}",
             str(plan.num_concurrent),
             *(f"{limit:,.0f}" if plan.fits else "" for limit in _limits(plan)),
+            f"{plan.link_share_one_request:.0%}, {plan.link_share:.0%}" if plan.fits and plan.num_gpus > 1 else "",
         )
     console.print(table)
     for plan in plans:
@@ -99,8 +101,10 @@ def _print(plans: "list[Plan]") -> None:
             console.print(f"{plan.num_gpus} x {plan.gpu}: {plan.reason}", highlight=False, style="red")
     console.print(
         f"weights and KV cache per GPU; full-length: requests of the whole context; requests: of {MEAN_REQUEST_TOKENS} "
-        "tokens, at most 256.\nSpeeds are physical limits (bytes over bandwidth, products over the matrix rate), "
-        "without communication between GPUs.",
+        "tokens, at most 256.\n"
+        "Speeds are physical limits: bytes over bandwidth, products over the matrix rate; between GPUs, bytes over "
+        f"links (or PCIe 4.0)\nand {COLLECTIVE_S * 1e6:.0f} us for each sum. "
+        "links: the share of sums between GPUs in the time of a step, with one request and with all.",
         highlight=False,
         style="dim",
     )

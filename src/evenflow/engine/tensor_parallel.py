@@ -229,6 +229,8 @@ class Ranks:
         self._woken.close()
         if not is_idle:
             _leave_group()
+        elif self.group is not None:
+            self.group.close()
 
     def _kill(self) -> None:
         for rank in self._ranks:
