@@ -198,7 +198,7 @@ def join(
     end_s = time.monotonic() + deadline_s
     store = _open_store(rank, size, address, deadline_s, listener)
     _meet(store, rank, size, end_s, deadline_s, check)
-    with _gloo_towards(host):
+    with _environment(host, device):
         try:
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
@@ -344,19 +344,23 @@ def _meet(store: Store, rank: int, size: int, end_s: float, deadline_s: float, c
 
 
 @contextlib.contextmanager
-def _gloo_towards(host: str) -> Iterator[None]:
-    """Gloo listens on the interface that its variable names: by default the one on the way to rank 0.
+def _environment(host: str, device: torch.device) -> Iterator[None]:
+    """What the libraries read from the environment when a group is made; what is there already stays.
 
-    Left alone it takes the address of this host's name, which may be another network's, or no address at all.
+    Gloo listens on one interface: here the one on the way to rank 0. Left alone it takes the address of this host's
+    name, which may be another network's, or no address at all. PyTorch's own watch over a GPU's collectives ends the
+    process, with pages of text, at what engine/tensor_parallel.py tells in one line: it is switched off.
     """
-    name = "GLOO_SOCKET_IFNAME"
-    interface = None if name in os.environ else _interface_towards(host)
-    if interface is not None:
-        os.environ[name] = interface
+    wanted = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+    if device.type == "cpu":
+        interface = _interface_towards(host)
+        wanted = {"GLOO_SOCKET_IFNAME": interface} if interface is not None else {}
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        if interface is not None:
+        for name in added:
             del os.environ[name]
 
 

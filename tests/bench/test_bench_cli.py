@@ -138,7 +138,7 @@ BAD = [
     (["ablation", "--only", "magic"], "--only 'magic' is none of continuous batching"),
     (["ablation", "--rounds", "0"], "--rounds 0 must be at least 1"),
     (["startup", "--repeats", "0"], "--repeats 0 must be at least 1"),
-    (["paper", "--models", "llama-2-7b", "--dataset-path", "x"], "llama-2-7b is a shape without a tokenizer"),
+    (["paper", "--models", "llama-2-7b", "--dataset-path", "x"], "llama-2-7b is a shape and has no tokenizer"),
     (["paper", "--from", "/none.json"], "/none.json"),
 ]
 

@@ -52,11 +52,14 @@ def test_tokens_that_only_one_side_names_have_no_gap(certificate):
     assert compare(certificate, [other], Bounds()).max_gap == 0.0
 
 
-def test_nan_fails(certificate):
-    other = [Position([7, 1], [math.nan, -2.0], math.nan), *POSITIONS[1:]]
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_nan_fails_wherever_it_is(certificate, place):
+    other = list(POSITIONS)
+    other[place] = Position(POSITIONS[place].token_ids, [math.nan, -2.0], math.nan)
     verdict = compare(certificate, [other], Bounds())
     assert not verdict.passed
-    assert verdict.worst == (0, 0)
+    assert verdict.worst == (0, place)
+    assert math.isnan(verdict.max_gap)
 
 
 @pytest.mark.parametrize(("tokens", "place"), [([7, 8], 2), ([7, 8, 9, 1], 3), ([1, 8, 9], 0)])

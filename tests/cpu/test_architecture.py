@@ -90,11 +90,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "engine",
     },
     "parity": {"bench", "llm", "model_files", "request", "sampling_params"},
+    "ray": {"server", "engine", "config"},
     "plan": {"config", "model_config", "model_files", "platforms"},
     "doctor": {"platforms", "demo"},
     "cli": {
         "llm",
         "server",
+        "ray",
         "engine",
         "plan",
         "doctor",
@@ -125,6 +127,7 @@ NO_TORCH = {
     "progress",
     "guided",
     "server",
+    "ray",
     "plan",
 }
 # These may import torch inside functions, when it is certain that it is needed.
