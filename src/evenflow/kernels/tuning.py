@@ -54,8 +54,8 @@ DECODE_TILES_8_BIT: dict[str, dict[int, Tile]] = {
 PREFILL_TILES: dict[str, dict[int, Tile]] = {
     "gfx": {64: Tile(32, 4, 1, 128), 128: Tile(32, 4, 1, 128), 256: Tile(32, 8, 1, 128, True)},
     "gfx11": {64: Tile(32, 4, 1, 64), 128: Tile(32, 8, 1, 64, True), 256: Tile(16, 8, 1, 32, True)},
-    "gfx12": {64: Tile(32, 4, 1, 64), 128: Tile(32, 4, 1, 64, True), 256: Tile(16, 8, 1, 64)},
-    "sm_80": {64: Tile(64, 8, 3, 128), 128: Tile(32, 8, 3, 128), 256: Tile(32, 8, 2, 64)},
+    "gfx12": {64: Tile(32, 4, 1, 64), 128: Tile(32, 8, 1, 64, True), 256: Tile(16, 8, 1, 64)},
+    "sm_80": {64: Tile(64, 8, 3, 128), 128: Tile(32, 8, 2, 128, True), 256: Tile(32, 8, 2, 64)},
     "sm_90": {64: Tile(64, 4, 3, 128), 128: Tile(32, 4, 3, 128), 256: Tile(32, 8, 2, 128)},
     "sm_100": {64: Tile(128, 8, 3, 128), 128: Tile(64, 8, 3, 128), 256: Tile(32, 8, 1, 128)},
     "": {64: Tile(32, 4, 2, 64), 128: Tile(32, 8, 2, 64), 256: Tile(32, 8, 1, 64)},
@@ -64,7 +64,6 @@ PREFILL_TILES: dict[str, dict[int, Tile]] = {
 PREFILL_TILES_8_BIT: dict[str, dict[int, Tile]] = {
     **PREFILL_TILES,
     "gfx": {64: Tile(64, 4, 1, 128, True), 128: Tile(32, 4, 1, 128), 256: Tile(32, 8, 1, 64, True)},
-    "gfx12": {64: Tile(32, 4, 1, 64), 128: Tile(32, 8, 1, 64, True), 256: Tile(16, 8, 1, 64)},
     "sm_100": {64: Tile(128, 8, 3, 128), 128: Tile(64, 8, 3, 128), 256: Tile(32, 8, 2, 128)},
 }
 # Of 32-bit queries, in both kernels and for every head size: few have matrix units for exact float32.
