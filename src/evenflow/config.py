@@ -169,7 +169,8 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Res
     values["enable_overlap"] = config.enable_overlap and on_gpu
     values["enable_graphs"] = config.enable_graphs and on_gpu and platform.supports_graphs
     values["enable_custom_all_reduce"] = config.enable_custom_all_reduce and on_gpu and config.tensor_parallel_size > 1
-    reasons["enable_custom_all_reduce"] = "of no use for one GPU" if config.tensor_parallel_size == 1 else "default"
+    if config.tensor_parallel_size == 1:
+        reasons["enable_custom_all_reduce"] = "of no use for one GPU"
     if not on_gpu:
         for name in ("enable_overlap", "enable_graphs", "enable_custom_all_reduce"):
             reasons[name] = "of no use on a CPU"
