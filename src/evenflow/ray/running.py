@@ -64,11 +64,13 @@ def serve_replicas(engine: EngineConfig, server: ServerConfig, config: ReplicaCo
 
 
 def join_or_start(config: ReplicaConfig) -> None:
-    """The cluster that `ray start` or RAY_ADDRESS names; without one, a Ray of this machine that ends with us."""
+    """The cluster of RAY_ADDRESS or of `ray start`; with RAY_ADDRESS=local or without one, a Ray that ends with us."""
     import ray
 
     options: dict[str, Any] = {"configure_logging": False, "log_to_driver": True}
     try:
+        if os.environ.get("RAY_ADDRESS") == "local":
+            raise ConnectionError
         ray.init(address="auto", **options)
     except ConnectionError:
         # Ray counts CPUs, it does not bind them: too few of them would leave replicas waiting for ever.
