@@ -19,8 +19,8 @@ from evenflow.server.config import ServerConfig
 DEADLINE_S = 120
 
 
-def options(device="cpu", is_prefix_aware=False, **replicas):
-    engine, server = EngineConfig(device=device), ServerConfig(drain_timeout=3)
+def options(device="cpu", is_prefix_aware=False, ranks=1, **replicas):
+    engine, server = EngineConfig(device=device, tensor_parallel_size=ranks), ServerConfig(drain_timeout=3)
     return deployment_options(engine, server, ReplicaConfig(**replicas), is_prefix_aware)
 
 
@@ -31,6 +31,8 @@ def test_replicas_are_placed_by_their_gpus():
     four = options("cuda", gpus_per_replica=4, cpus_per_replica=8)
     assert four["placement_group_bundles"] == [{"CPU": 8, "GPU": 4}]
     assert four["placement_group_strategy"] == "STRICT_PACK"
+    assert options("cuda", ranks=2)["placement_group_bundles"] == [{"CPU": 1.0, "GPU": 2}]
+    assert options("cpu", ranks=2)["ray_actor_options"]["num_gpus"] == 0
 
 
 def test_their_number_is_fixed_or_follows_the_queue():

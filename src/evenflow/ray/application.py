@@ -55,7 +55,8 @@ def deployment_options(
     """What Ray is told about the engines."""
     num_gpus = config.gpus_per_replica
     if num_gpus is None:
-        num_gpus = 0 if engine.device == "cpu" else 1 if engine.device == "cuda" else int(cluster_has_gpus())
+        is_on_gpu = engine.device == "cuda" or (engine.device == "auto" and cluster_has_gpus())
+        num_gpus = engine.tensor_parallel_size if is_on_gpu else 0
     resources = {"CPU": config.cpus_per_replica, "GPU": num_gpus}
     options: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": config.cpus_per_replica, "num_gpus": num_gpus},
