@@ -232,7 +232,7 @@ def tiles_of(layers: Layers, quick: bool) -> list[Tile]:
         chosen = decode_tile(current_arch(), block_d, 2, layers.caches[0].element_size())
         others = QUICK_DECODE_TILES if quick else DECODE_TILES
     else:
-        chosen = prefill_tile(current_arch(), block_d, 2)
+        chosen = prefill_tile(current_arch(), block_d, 2, 2)
         others = QUICK_PREFILL_TILES if quick else PREFILL_TILES
     return [chosen, *(tile for tile in others if tile != chosen)]
 

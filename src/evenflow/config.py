@@ -59,7 +59,9 @@ class EngineConfig:
     enable_chunked_prefill: bool = option(True, "split long prompts over several steps")
     enable_overlap: bool = option(True, "on a GPU: plan the next step while one runs")
     enable_graphs: bool = option(True, "on a GPU: replay steps of up to 2,048 tokens as graphs")
-    enable_custom_all_reduce: bool = option(True, "with several GPUs: add small sums by our own kernel")
+    enable_custom_all_reduce: bool = option(
+        False, "with several GPUs: add small sums by our own kernel (not tried on GPUs yet)"
+    )
     max_logprobs: int = option(20, "most log-probabilities that a request may ask for per token")
     generation_config: str = option("auto", "sampling defaults from the model's file, or none", ("auto", "none"))
     skip_tokenizer_init: bool = option(False, "load no tokenizer: prompts and outputs are token ids")
@@ -167,7 +169,8 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Res
     values["enable_overlap"] = config.enable_overlap and on_gpu
     values["enable_graphs"] = config.enable_graphs and on_gpu and platform.supports_graphs
     values["enable_custom_all_reduce"] = config.enable_custom_all_reduce and on_gpu and config.tensor_parallel_size > 1
-    reasons["enable_custom_all_reduce"] = "of no use for one GPU" if config.tensor_parallel_size == 1 else "default"
+    if config.tensor_parallel_size == 1:
+        reasons["enable_custom_all_reduce"] = "of no use for one GPU"
     if not on_gpu:
         for name in ("enable_overlap", "enable_graphs", "enable_custom_all_reduce"):
             reasons[name] = "of no use on a CPU"

@@ -72,7 +72,7 @@ class OpenAIServer:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                owner.headers.append(dict(self.headers))
+                owner.headers.append({name.lower(): value for name, value in self.headers.items()})
                 self._send(200, json.dumps({"data": [{"id": name} for name in owner.models]}).encode())
 
             def do_POST(self) -> None:

@@ -250,3 +250,22 @@ class TestUnwrittenRegisters:
 
     def test_what_the_launch_sets_and_what_only_keeps_a_part(self):
         self.run("v_mov_b32 v1, s1\ns_mov_b32 s3, s2\nv_writelane_b32 v5, s1, 0\nv_cvt_pk_fp8_f32 v6, v0, v1")
+
+    @pytest.mark.parametrize(
+        ("text", "name"),
+        [
+            ("v_pk_add_f32 v[4:5], v[0:1], v[8:9] op_sel_hi:[1,0]", None),
+            ("v_pk_fma_f32 v[4:5], v[0:1], v[8:9], v[0:1] op_sel_hi:[1,0,1]", None),
+            ("v_pk_mul_f32 v[4:5], v[0:1], v[8:9]", "v9"),
+            ("v_pk_mul_f32 v[4:5], v[0:1], v[8:9] op_sel:[0,1] op_sel_hi:[1,1]", "v9"),
+            ("v_pk_mov_b32 v[4:5], v[8:9], v[0:1] op_sel:[0,1]", None),
+            ("v_pk_mov_b32 v[4:5], v[8:9], v[0:1] op_sel:[1,0]", "v9"),
+        ],
+    )
+    def test_of_a_pair_only_the_selected_words_are_read(self, text, name):
+        code = f"v_mov_b32 v1, v0\nv_mov_b32 v8, v0\n{text}"
+        if name is None:
+            self.run(code)
+            return
+        with pytest.raises(UninitializedReadError, match=f"reads {name}, which nothing has written"):
+            self.run(code)

@@ -41,7 +41,8 @@ class ServerProcess:
 
     def _read_on(self) -> None:
         assert self.process.stderr is not None
-        self.lines += [line.rstrip() for line in self.process.stderr]
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip())
 
     def __enter__(self) -> "ServerProcess":
         return self

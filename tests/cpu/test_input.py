@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from evenflow.config import Settings
+from evenflow.config import EngineConfig, resolve
 from evenflow.engine.input import InputProcessor, derive_seed, prompt_text
 from evenflow.model_config import ModelConfig
+from evenflow.platforms import cpu
 from evenflow.sampling_params import SamplingParams
 from evenflow.tokenizer import Tokenizer
 
@@ -27,30 +28,8 @@ HF = {
     "eos_token_id": [5, 999],
 }
 MODEL = ModelConfig.from_hf(HF)
-SETTINGS = Settings(
-    model="m",
-    tokenizer="m",
-    revision=None,
-    device="cpu",
-    dtype="float32",
-    load_format="safetensors",
-    max_model_len=10,
-    fit_max_model_len=False,
-    max_num_seqs=1,
-    max_num_batched_tokens=16,
-    block_size=16,
-    kv_cache_dtype="float32",
-    kv_cache_bytes=0,
-    gpu_memory_utilization=0.9,
-    enable_prefix_caching=True,
-    enable_chunked_prefill=True,
-    enable_overlap=False,
-    enable_graphs=False,
-    max_logprobs=4,
-    generation_config="auto",
-    skip_tokenizer_init=False,
-    seed=0,
-)
+RESOLVED = resolve(EngineConfig(model="m", max_model_len=10, max_logprobs=4), MODEL, cpu.detect())
+SETTINGS = dataclasses.replace(RESOLVED.settings, fit_max_model_len=False)
 
 
 def byte_tokenizer() -> Tokenizer:

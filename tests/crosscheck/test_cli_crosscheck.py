@@ -19,7 +19,7 @@ from evenflow.crosscheck.budgets import Budgets
 from evenflow.crosscheck.compiling import Job, label_of
 from evenflow.crosscheck.gate import judge
 from evenflow.crosscheck.report import Results, to_html
-from evenflow.crosscheck.running import Ran
+from evenflow.crosscheck.running import KernelRun, Ran
 from evenflow.crosscheck.selection import select
 
 
@@ -177,9 +177,9 @@ def test_the_page_is_whole_and_alone(compiled):
     recorded = budgets.updated(Budgets("3.9.0"), "3.9.0", list(compiled.values()), is_complete=True)
     failures = [failure for result in results for failure in judge(result, recorded)]
     runs = [
-        Ran("gfx942", "rms_norm/2 rows", "", 0.51, 1234, 0.2),
-        Ran("gfx942", "rms_norm/3 rows", "", 1.5, 1234, 0.2),
-        Ran("gfx950", "rms_norm/3 rows", "RaceError: <two> waves", None, 0, 0.2),
+        Ran("gfx942", "rms_norm/2 rows, bfloat16", "", 0.51, 0.2, [KernelRun("rms_norm", 1, 4, 1234, 40, 0, 512)]),
+        Ran("gfx942", "rms_norm/3 rows, bfloat16", "", 1.5, 0.2),
+        Ran("gfx950", "rms_norm/3 rows, float16", "RaceError: <two> waves", None, 0.2),
     ]
     html = to_html(Results(results, failures, recorded, runs), {"triton": "3.9.0"})
     page = Page()

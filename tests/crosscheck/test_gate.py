@@ -11,7 +11,7 @@ from planted import SOUND, copy
 from evenflow.crosscheck.artefacts import Dot
 from evenflow.crosscheck.budgets import Budgets, budget_path, load_budgets, save_budgets, updated
 from evenflow.crosscheck.compiling import Compiled, Job, Resources, compile_all, label_of
-from evenflow.crosscheck.gate import condensed, judge
+from evenflow.crosscheck.gate import ACCEPTED_SPILLS, condensed, judge
 from evenflow.crosscheck.targets import TARGETS, find_target, occupancy
 
 GOOD = Resources(
@@ -109,7 +109,9 @@ def test_what_the_developer_has_set_does_not_reach_the_compiler(monkeypatch, com
         ({"num_instructions": 300}, "gfx942", []),
         ({"spills": 3}, "gfx942", []),  # to accumulators or other lanes: no memory is touched
         ({"spills": 3, "scratch_bytes": 12}, "gfx942", ["spills"]),
-        ({"spills": 3, "matrix": {"HMMA": 1}}, "sm_90", ["spills"]),
+        ({"spills": 3, "scratch_bytes": 16, "registers": 128, "matrix": {"HMMA": 1}}, "sm_90", []),
+        ({"spills": 3, "scratch_bytes": 16, "registers": 255, "matrix": {"HMMA": 1}}, "sm_90", ["spills"]),
+        ({"spills": 3, "scratch_bytes": 24, "registers": 128, "matrix": {"HMMA": 1}}, "sm_90", ["spills"]),
         ({"shared_bytes": 65536}, "gfx942", []),
         ({"shared_bytes": 65537, "occupancy": 0}, "gfx942", ["shared memory"]),
         ({"registers": 512, "occupancy": 0}, "gfx942", ["occupancy"]),
@@ -126,6 +128,14 @@ def test_what_the_developer_has_set_does_not_reach_the_compiler(monkeypatch, com
 )
 def test_rules(fields, target, expected):
     assert checks(result(replace(GOOD, **fields), target)) == expected
+
+
+def test_accepted_spills_and_no_more(monkeypatch):
+    spilling = result(replace(GOOD, scratch_bytes=40, registers=255), "sm_90")
+    assert checks(spilling) == ["spills"]
+    monkeypatch.setitem(ACCEPTED_SPILLS, ("sm_90", "attention/f*"), 40)
+    assert checks(spilling) == []
+    assert checks(result(replace(GOOD, scratch_bytes=41, registers=255), "sm_90")) == ["spills"]
 
 
 def test_the_point_of_a_long_error_is_found():

@@ -1,6 +1,7 @@
 """`crosscheck run`: wrong kernels are caught by what they compute or touch, and launchers run unchanged."""
 
 import json
+from importlib import import_module
 
 import pytest
 import torch
@@ -13,10 +14,13 @@ import evenflow.cli.crosscheck as command
 from evenflow.cli import main
 from evenflow.crosscheck import running
 from evenflow.crosscheck.budgets import Budgets
-from evenflow.crosscheck.cases import CASES, Case
-from evenflow.crosscheck.running import Ran, all_cases, run_all, run_case, select_runs
+from evenflow.crosscheck.cases import CASES, Case, all_cases
+from evenflow.crosscheck.running import ARCHS, Ran, run_all, run_case, select_runs
 from evenflow.crosscheck.simulated import SimulatedKernel, simulated, specialize
 from evenflow.crosscheck.targets import TARGETS
+from evenflow.kernels.specializations import all_specializations, record
+
+FP8 = torch.float8_e4m3fn
 
 
 @pytest.fixture(autouse=True)
@@ -90,14 +94,80 @@ def test_specialization_is_that_of_tritons_launcher():
     assert specialize(planted_runs._scale_kernel, arguments | {"num": 1 << 31}, 2, 1).signature["num"] == "i64"
 
 
+def sample(arch: str) -> list[str]:
+    """The first case of each operation, in one type."""
+    first = {label.partition("/")[0]: label for label in reversed(all_cases(arch)) if "float" not in label[-7:]}
+    first |= {label.partition("/")[0]: label for label in reversed(all_cases(arch)) if label.endswith("bfloat16")}
+    return list(first.values())
+
+
 def test_our_kernels_compute_what_their_references_do():
-    """The machine code of every kernel that has a case, on one target; `evenflow crosscheck run` takes all three."""
-    labels = [label for label in all_cases() if label.endswith("bfloat16")]
+    """A sample on one target; `evenflow crosscheck run` runs every case on all three."""
+    labels = sample("gfx942")
     seen = []
-    runs = run_all(["gfx942"], labels, 1, seen.append)
+    runs = run_all({"gfx942": labels}, 2, seen.append)
     assert [ran.label for ran in runs] == labels
-    assert seen == runs
+    assert sorted(seen, key=lambda ran: labels.index(ran.label)) == runs
     assert {ran.failure for ran in runs} == {""}
+    for kernel in (kernel for ran in runs for kernel in ran.kernels):
+        assert kernel.launches >= 1
+        assert kernel.num_instructions > kernel.waves
+        assert kernel.registers > 0
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kernel_of_the_gate_has_a_case(arch):
+    """Recorded, not run: each operation launches what it has."""
+    launched = set()
+    for case, dtype in all_cases(arch).values():
+        module = import_module(case.module)
+        arguments = case.inputs(getattr(torch, dtype))
+        launch = case.launch_of(module, arch)
+        launched |= {made.kernel for made in record(module, "", lambda: launch(*arguments))}  # noqa: B023
+    assert launched == {made.kernel for made in all_specializations(arch)}
+
+
+@pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
+def test_head_sizes_and_caches_of_8_bits_have_cases(size):
+    labels = {arch: [label for label in all_cases(arch) if f"heads of {size}," in label] for arch in ARCHS}
+    for op in ("paged_attention", "rotary_and_store"):
+        dtypes = {
+            a: {label.rpartition(", ")[2] for label in found if label.startswith(op)} for a, found in labels.items()
+        }
+        assert dtypes["gfx90a"] == {"bfloat16", "float16", "float32"}
+        assert dtypes["gfx942"] - dtypes["gfx90a"] == {"float8_e4m3fnuz"}
+        assert dtypes["gfx950"] - dtypes["gfx90a"] == {"float8_e4m3fn"}
+
+
+def tensor(*values: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.tensor(values).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("found", "eager", "exact", "is_right"),
+    [
+        (tensor(1.0, -torch.inf), tensor(1.0, -torch.inf), tensor(1.0, -torch.inf), True),
+        (tensor(1.0, torch.inf), tensor(1.0, -torch.inf), tensor(1.0, -torch.inf), False),
+        (tensor(1.0, torch.nan), tensor(1.0, torch.nan), tensor(1.0, torch.nan), True),
+        (tensor(1.0, 2.0), tensor(1.0, 2.0), tensor(1.0, torch.nan), False),
+        (tensor(torch.nan, 2.0), tensor(1.0, 2.0), tensor(1.0, 2.0), False),
+        (tensor(torch.inf), tensor(torch.inf), tensor(torch.inf), True),
+        *(
+            (tensor(a, dtype=FP8), tensor(b, dtype=FP8), tensor(c, dtype=FP8), is_right)
+            for a, b, c, is_right in (
+                (1.125, 1.0, 1.0, True),
+                (1.25, 1.0, 1.0, False),
+                (1.25, 1.125, 1.0, True),
+                (0.015625, -0.0, 0.015625, True),
+                (-0.001953125, 0.001953125, 0.001953125, False),
+                (0.0, -0.0, -0.001953125, True),
+            )
+        ),
+    ],
+)
+def test_what_is_right(found, eager, exact, is_right):
+    """Infinities and NaN in their places; 8-bit floats one step beside, or twice as many as PyTorch."""
+    assert (running._ratio(found, eager, exact) <= 1.0) == is_right
 
 
 def test_a_child_that_dies_costs_one_case(monkeypatch, tmp_path):
@@ -112,15 +182,16 @@ def test_a_child_that_dies_costs_one_case(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(running, "CHILD", "evenflow_child")
     monkeypatch.syspath_prepend(tmp_path)
-    runs = run_all(["x"], ["a", "b", "c"], 1)
+    runs = run_all({"x": ["a", "b", "c"]}, 1)
     assert [bool(ran.failure) for ran in runs] == [False, True, False]
     assert runs[1].failure == "the process died (SIGABRT) LLVM ERROR: no"
 
 
 def test_selection_of_runs():
-    assert select_runs() == (["gfx90a", "gfx942", "gfx950"], list(all_cases()))
-    assert select_runs(["gfx942"], ["silu*"])[1] == [label for label in all_cases() if label.startswith("silu")]
-    assert len(all_cases()) == sum(len(case.dtypes) for case in CASES)
+    assert select_runs() == {arch: list(all_cases(arch)) for arch in ("gfx90a", "gfx942", "gfx950")}
+    silu = [label for label in all_cases("gfx942") if label.startswith("silu")]
+    assert select_runs(["gfx942"], ["silu*"]) == {"gfx942": silu}
+    assert len({label for arch in ARCHS for label in all_cases(arch)}) == sum(len(case.dtypes) for case in CASES)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +199,7 @@ def test_selection_of_runs():
     [
         (("run", "--target", "sm_90"), "target 'sm_90' has no simulator; `run` knows gfx90a, gfx942, gfx950"),
         (("run", "--target", "gfx924"), "did you mean gfx942?"),
-        (("run", "--kernel", "rms"), "kernel 'rms' has no case to run; there are cases of rms_norm, "),
+        (("run", "--kernel", "rms"), "kernel 'rms' has no case to run; there are cases of expand_rows, "),
         (("run", "--update-budgets"), "`run` has no use for them"),
         (("walk",), "invalid choice: 'walk'"),
     ],
@@ -139,8 +210,8 @@ def test_bad_usage(capsys, arguments, message):
 
 
 def test_the_command_fails_when_a_run_does(capsys, monkeypatch, tmp_path):
-    def fake(archs, labels, num_processes, on_result):
-        return [Ran(arch, label, "", 1.2 if arch == "gfx950" else 0.5, 10, 0.1) for arch in archs for label in labels]
+    def fake(labels, num_processes, on_result):
+        return [Ran(arch, x, "", 1.2 if arch == "gfx950" else 0.5, 0.1) for arch, part in labels.items() for x in part]
 
     monkeypatch.setattr(running, "run_all", fake)
     path = tmp_path / "out.json"
@@ -149,16 +220,18 @@ def test_the_command_fails_when_a_run_does(capsys, monkeypatch, tmp_path):
     assert "50%" in out
     assert "120%" in out
     assert "FAIL gfx950 silu_and_mul/3 rows of 2 x 1100, bfloat16: run: its error against float64 is 2.4 times" in out
-    assert "2 of 6 runs fail" in out
-    assert len(json.loads(path.read_text())["runs"]) == 6
+    assert "3 of 9 runs fail" in out
+    assert len(json.loads(path.read_text())["runs"]) == 9
     assert main(["crosscheck", "run", "--kernel", "silu_and_mul", "--target", "gfx942"]) == 0
 
 
-@pytest.mark.parametrize(("targets", "num_runs"), [(("gfx942", "sm_90"), 2), (("sm_90",), 0)])
+@pytest.mark.parametrize(("targets", "num_runs"), [(("gfx942", "sm_90"), 3), (("sm_90",), 0)])
 def test_all_runs_what_can_be_run_of_what_is_compiled(capsys, monkeypatch, targets, num_runs):
     monkeypatch.setattr(command, "_check_compiled", lambda args, version: ([], [], Budgets(version)))
     monkeypatch.setattr(
-        running, "run_all", lambda archs, labels, n, done: [Ran(a, x, "", 0.5, 1, 0.1) for a in archs for x in labels]
+        running,
+        "run_all",
+        lambda labels, n, done: [Ran(a, x, "", 0.5, 0.1) for a, part in labels.items() for x in part],
     )
     assert main(["crosscheck", "all", "--kernel", "silu_and_mul", "--target", *targets]) == 0
     assert capsys.readouterr().out.count("50%") == num_runs

@@ -22,6 +22,7 @@ from evenflow.kernels.tuning import (
     DECODE_TILES_8_BIT,
     FLOAT32_TILES,
     PREFILL_TILES,
+    PREFILL_TILES_8_BIT,
     Tile,
     decode_tile,
     prefill_tile,
@@ -162,10 +163,10 @@ def test_a_plan_of_many_rows():
     case = Case(rows=((1, 20),) * 1098 + ((1, 3000), (1, 1)), num_heads=2, num_kv_heads=1, head_dim=16)
     rows = make_inputs(case, torch.float32, plan=plan).rows
     launch_plan_attention(rows)
-    chunk = -(-(20 * 1098 + 3001) // 64 // 32 + 1) * 32
     num_items, num_splits, *_ = plan.counts.tolist()
     assert num_splits == 1
-    assert num_items - 1099 == plan.splits[0, 2] == -(-3000 // max(chunk, 416))
+    chunk = 416  # 24,961 keys for 64 pieces, in whole granules
+    assert num_items - 1099 == plan.splits[0, 2] == round(3000 / chunk)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -213,12 +214,21 @@ def test_every_architecture_has_tiles(arch, head_dim, query_bytes):
 
 
 def test_the_longest_prefix_has_the_tile():
-    assert prefill_tile("gfx1100", 128, 2) == PREFILL_TILES["gfx11"][128]
-    assert prefill_tile("gfx942", 128, 2) == PREFILL_TILES["gfx"][128]
+    assert prefill_tile("gfx1100", 128, 2, 2) == PREFILL_TILES["gfx11"][128]
+    assert prefill_tile("gfx942", 128, 2, 2) == PREFILL_TILES["gfx"][128]
+    assert prefill_tile("gfx942", 64, 2, 1) == PREFILL_TILES_8_BIT["gfx"][64]
     assert decode_tile("sm_90", 16, 2, 2) == DECODE_TILES["sm_90"][64]
     assert decode_tile("sm_90", 16, 2, 1) == DECODE_TILES_8_BIT["sm_90"][64]
     assert decode_tile("sm_75", 512, 2, 2) == DECODE_TILES[""][256]
-    assert decode_tile("gfx1100", 128, 4, 1) == prefill_tile("gfx1101", 64, 4) == FLOAT32_TILES["gfx11"]
+    assert decode_tile("gfx1100", 128, 4, 1) == prefill_tile("gfx1101", 64, 4, 1) == FLOAT32_TILES["gfx11"]
+
+
+def test_rows_that_are_hardly_longer_than_a_piece_stay_whole():
+    plan = make_plan(32, 2, 1, 16, "cpu", target_items=32, granule=16)
+    for length, num_splits in ((160, 0), (161, 0), (176, 0), (300, 0)):
+        case = Case(rows=((1, length),) * 31 + ((1, 2 * length),), num_heads=2, num_kv_heads=1, head_dim=16)
+        launch_plan_attention(make_inputs(case, torch.float32, plan=plan).rows)
+        assert plan.counts[:2].tolist() == [33, num_splits + 1]
 
 
 LONG_ROW, HEAD_SCALES = "decode, one long row", f"scales by head, {torch.float8_e4m3fn}"

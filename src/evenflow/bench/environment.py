@@ -1,6 +1,7 @@
 """What a result was measured on: hardware, driver, clocks as found, versions, commit, command. No torch."""
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -25,6 +26,7 @@ def manifest() -> dict[str, Any]:
         "commit": commit(),
         "gpus": inventory.gpus(),
         "cpu": inventory.cpu(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
     }
 
 

@@ -23,17 +23,22 @@ class ServerProcess:
             command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True
         )
         self._lines: deque[str] = deque(maxlen=20)
+        self._reader = threading.Thread(target=self._read_on, daemon=True)
+        try:
+            self.model, self.url = self._wait_until_ready()
+        except BaseException:
+            self._end()
+            raise
+        self._reader.start()
+
+    def _wait_until_ready(self) -> tuple[str, str]:
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self._lines.append(line.rstrip())
             if match := READY.search(line):
-                self.model, self.url = match[1], f"http://{match[2]}:{match[3]}"
-                break
-        else:
-            code = self._process.wait()
-            raise ValueError(f"the server ended with {code}: {self._lines[-1] if self._lines else 'no message'}")
-        self._reader = threading.Thread(target=self._read_on, daemon=True)
-        self._reader.start()
+                return match[1], f"http://{match[2]}:{match[3]}"
+        code = self._process.wait()
+        raise ValueError(f"the server ended with {code}: {self._lines[-1] if self._lines else 'no message'}")
 
     def _read_on(self) -> None:  # a full pipe would stop the server
         assert self._process.stderr is not None
@@ -43,6 +48,9 @@ class ServerProcess:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
         if self._process.poll() is None:
             self._process.terminate()
         try:
@@ -50,7 +58,8 @@ class ServerProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._reader.join(END_TIMEOUT_S)
+        if self._reader.is_alive():
+            self._reader.join(END_TIMEOUT_S)
         if self._process.stderr is not None:
             self._process.stderr.close()
 

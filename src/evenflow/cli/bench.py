@@ -379,7 +379,7 @@ def _run_paper(args: argparse.Namespace) -> int:
             num_prompts=args.num_prompts,
             repeats=args.repeats,
             loads=args.loads,
-            workload=_sharegpt_maker(args.dataset_path, chosen) if args.dataset_path else None,
+            workload=_sharegpt_maker(args, chosen) if args.dataset_path else None,
             gpu=args.gpu,
             save=lambda partial: _write(directory / "results.json", partial, is_told=False),
             is_shown=not args.no_progress,
@@ -393,11 +393,11 @@ def _run_paper(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _sharegpt_maker(path: str, models: dict[str, int]) -> Callable[[int, int, int], "Workload"]:
+def _sharegpt_maker(args: argparse.Namespace, models: dict[str, int]) -> Callable[[int, int, int], "Workload"]:
     from evenflow.bench.sharegpt import sharegpt
 
-    encode = _encoder(next(iter(models)))
-    return lambda count, context, vocab_size: sharegpt(path, encode, count, mode="seed")
+    encode = _encoder(given(args, "engine_").get("tokenizer") or next(iter(models)))
+    return lambda count, context, vocab_size: sharegpt(args.dataset_path, encode, count, mode="seed")
 
 
 def _run_compare(args: argparse.Namespace) -> int:
@@ -485,8 +485,11 @@ def _workload(args: argparse.Namespace, context: int, vocab_size: int, tokenizer
 
 def _encoder(tokenizer: str) -> Callable[..., list[list[int]]]:
     from evenflow.model_files import find_model
+    from evenflow.plan import known_models
     from evenflow.tokenizer import Tokenizer
 
+    if tokenizer.lower() in known_models():
+        raise ValueError(f"{tokenizer} is a shape and has no tokenizer, which ShareGPT needs: --tokenizer DIR")
     return Tokenizer.from_dir(find_model(tokenizer, with_weights=False)).encode_batch
 
 

@@ -99,12 +99,10 @@ def _check_runs(args: argparse.Namespace) -> "list[Ran]":
         targets = [arch for arch in targets if arch in ARCHS]
         if not targets:
             return []
-    archs, labels = select_runs(targets, args.kernel)
+    labels = select_runs(targets, args.kernel)
     with _progress() as progress:
-        bars = {arch: progress.add_task(f"run {arch}", total=len(labels), last="") for arch in archs}
-        runs = run_all(
-            archs, labels, args.jobs, lambda ran: progress.update(bars[ran.target], advance=1, last=ran.label)
-        )
+        bars = {arch: progress.add_task(f"run {arch}", total=len(part), last="") for arch, part in labels.items()}
+        runs = run_all(labels, args.jobs, lambda ran: progress.update(bars[ran.target], advance=1, last=ran.label))
     _console().print(runs_table(runs))
     _console().print()
     return runs

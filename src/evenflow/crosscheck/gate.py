@@ -7,6 +7,7 @@ clock would tell.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from evenflow.crosscheck.artefacts import UNTRACED, Dot
 from evenflow.crosscheck.budgets import Budgets
@@ -16,6 +17,13 @@ from evenflow.crosscheck.targets import Target, find_target
 GROWTH_LIMIT = 1.10
 WIDE_LOAD_BYTES = 16
 MAX_ALIKE = 8
+# With registers to spare, ptxas still puts aside a word or two, so that one workgroup more fits.
+FEW_STACK_BYTES = 16
+# What may spill, and how many bytes of stack a lane: (target, pattern of labels). Not more than these.
+ACCEPTED_SPILLS = {
+    ("sm_90", "prefill_attention/*"): 296,  # tiles that the clock chose on the GPU, among some that do not spill
+    ("gfx1100", "prefill_attention/heads-of-80-fp32"): 36,  # no matrix units for float32, and no tile without a spill
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +68,7 @@ def _broken_rules(compiled: Compiled, budgets: Budgets) -> Iterator[Finding]:
     if compiled.stderr:
         yield "stderr", f"the compiler wrote {_last_line(compiled.stderr)!r}", "Its code may be garbage; mend the cause"
     yield from _memory(compiled.resources, target)
+    yield from _spills(compiled, compiled.resources, target)
     yield from _speed(compiled.resources, target)
     yield from _length(compiled, compiled.resources, budgets)
 
@@ -70,7 +79,16 @@ def _memory(resources: Resources, target: Target) -> Iterator[Finding]:
         yield "shared memory", cause, "Take fewer stages (num_stages) or a smaller tile"
     elif resources.occupancy == 0:
         yield "occupancy", f"{resources.registers} registers a lane: no workgroup fits", "Take fewer warps"
-    if resources.scratch_bytes or (resources.spills and not target.is_amd):
+
+
+def _spills(compiled: Compiled, resources: Resources, target: Target) -> Iterator[Finding]:
+    accepted_bytes = max(
+        number if target.arch == arch and fnmatchcase(compiled.label, pattern) else 0
+        for (arch, pattern), number in ACCEPTED_SPILLS.items()
+    )
+    if not target.is_amd and resources.registers < target.max_registers:
+        accepted_bytes = max(accepted_bytes, FEW_STACK_BYTES)
+    if resources.scratch_bytes > accepted_bytes:
         what = "registers do not fit" if target.is_amd else "accesses of local memory"
         cause = f"{resources.spills:,} {what}, {resources.scratch_bytes:,} bytes of stack a lane"
         yield "spills", cause, "Take a smaller tile or more warps (num_warps)"

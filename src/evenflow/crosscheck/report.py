@@ -124,10 +124,11 @@ def _by_kernel(results: Results) -> dict[str, dict[str, dict[str, Outcome]]]:
     return kernels
 
 
-def _by_op(runs: list[Ran]) -> dict[str, dict[str, dict[str, Ran]]]:
-    """Operation, case, target."""
-    ops: dict[str, dict[str, dict[str, Ran]]] = {}
+def _by_op(runs: list[Ran]) -> dict[str, dict[str, dict[str, dict[str, Ran]]]]:
+    """Operation, case, target, type."""
+    ops: dict[str, dict[str, dict[str, dict[str, Ran]]]] = {}
     for ran in runs:
-        op, _, what = ran.label.partition("/")
-        ops.setdefault(op, {}).setdefault(what, {})[ran.target] = ran
+        op, _, rest = ran.label.partition("/")
+        what, _, dtype = rest.rpartition(", ")
+        ops.setdefault(op, {}).setdefault(what, {}).setdefault(ran.target, {})[dtype] = ran
     return ops

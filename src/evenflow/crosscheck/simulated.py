@@ -6,9 +6,11 @@ choice of tile are tested with the machine code.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from evenflow.crosscheck.artefacts import Code, read_amdgcn
 from evenflow.crosscheck.cdna.run import RunReport, run_kernel
 from evenflow.crosscheck.child import make_kernel
 from evenflow.crosscheck.targets import Target
@@ -17,11 +19,21 @@ from evenflow.kernels.specializations import bind, replaced_kernels, specialize
 Rewrite = Callable[[str], str]
 
 
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """One launch that ran to its end. code: what the kernel takes; shared_bytes: LDS with what the launch adds."""
+
+    kernel: str
+    report: RunReport
+    code: Code
+    shared_bytes: int
+
+
 class SimulatedKernel:
     """Stands where a @triton.jit function stood: `kernel[grid](...)` runs its machine code for `target`."""
 
-    def __init__(self, kernel: Any, target: Target, reports: list[RunReport], rewrite: Rewrite) -> None:
-        self._kernel, self._target, self._reports, self._rewrite = kernel, target, reports, rewrite
+    def __init__(self, name: str, kernel: Any, target: Target, launched: list[Launched], rewrite: Rewrite) -> None:
+        self._name, self._kernel, self._target, self._launched, self._rewrite = name, kernel, target, launched, rewrite
 
     def __getitem__(self, grid: Sequence[int] | Callable[[dict[str, Any]], Sequence[int]]) -> Callable[..., None]:
         def launch(*args: Any, num_warps: int = 4, num_stages: int = 2, **kwargs: Any) -> None:
@@ -42,17 +54,19 @@ class SimulatedKernel:
             num_warps=num_warps,
             shared_bytes=made.metadata.shared,
         )
-        self._reports.append(report)
+        code = read_amdgcn(made.asm["amdgcn"])
+        shared_bytes = made.metadata.shared + code.static_shared_bytes
+        self._launched.append(Launched(self._name.strip("_").removesuffix("_kernel"), report, code, shared_bytes))
 
 
 @contextmanager
 def simulated(
     module: ModuleType, target: Target, rewrite: Rewrite = lambda assembly: assembly
-) -> Iterator[list[RunReport]]:
-    """While it lasts, the `*_kernel` functions of `module` run on the simulator; yields a report of each launch.
+) -> Iterator[list[Launched]]:
+    """While it lasts, the `*_kernel` functions of `module` run on the simulator; yields what was launched.
 
     rewrite: what to do to the machine code before it runs, for tests that damage it.
     """
-    reports: list[RunReport] = []
-    with replaced_kernels(module, lambda name, kernel: SimulatedKernel(kernel, target, reports, rewrite)):
-        yield reports
+    launched: list[Launched] = []
+    with replaced_kernels(module, lambda name, kernel: SimulatedKernel(name, kernel, target, launched, rewrite)):
+        yield launched

@@ -57,11 +57,14 @@ def runs_table(runs: list[Ran]) -> Table:
         table.add_column(arch, justify="right")
     found = {(ran.label, ran.target): ran for ran in runs}
     for label in dict.fromkeys(ran.label for ran in runs):
-        table.add_row(label, *(_run_cell(found[label, arch]) for arch in archs))
+        table.add_row(label, *(_run_cell(found.get((label, arch))) for arch in archs))
     return table
 
 
-def _run_cell(ran: Ran) -> str:
+def _run_cell(ran: Ran | None) -> str:
+    """Empty where the target has no such case."""
+    if ran is None:
+        return ""
     text = "fails" if ran.error_ratio is None else f"{ran.error_ratio:.0%}"
     return f"[red]{text}[/red]" if ran.failure else text
 

@@ -192,7 +192,7 @@ def _plan_kernel(
     GRANULE: tl.constexpr, ITEM_FIELDS: tl.constexpr, SPLIT_FIELDS: tl.constexpr, PROMPT_FIELDS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One program: every row is an element. Pieces are chunk keys long at most, so that the grid bounds hold."""
+    """One program: every row is an element. There are at most length / chunk + 1 pieces, so that the bounds hold."""
     row = tl.arange(0, BLOCK_R)
     is_row = row < num_rows
     token = tl.load(query_starts_ptr + row, mask=is_row, other=0)
@@ -212,9 +212,11 @@ def _plan_kernel(
     tl.store(counts_ptr + 3, tl.sum(prompt_queries, axis=0))
     length = tl.where(num_queries == 1, seq_len, 0)
     chunk = tl.maximum(tl.cdiv(tl.cdiv(tl.sum(length, axis=0), target_items), GRANULE), 1) * GRANULE
-    pieces = tl.cdiv(length, chunk)
-    # Equal pieces rather than whole chunks and a rest. The last one is never empty: (pieces - 1) * chunk < length.
-    piece_len = tl.cdiv(tl.cdiv(length, tl.maximum(pieces, 1)), GRANULE) * GRANULE
+    # A row that is a quarter longer than a piece stays whole: rows of one length would all be split for a few keys.
+    aim = tl.maximum((length + chunk * 3 // 4) // chunk, 1)
+    # Equal pieces rather than whole chunks and a rest; none is empty.
+    piece_len = tl.maximum(tl.cdiv(tl.cdiv(length, aim), GRANULE), 1) * GRANULE
+    pieces = tl.cdiv(length, piece_len)
     is_split = pieces > 1
     first_item = tl.cumsum(pieces, axis=0) - pieces
     partials = tl.where(is_split, pieces, 0)
@@ -380,7 +382,7 @@ def _prefill_attention_kernel(
     q_stride, table_stride,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, SCALE_STRIDE: tl.constexpr, PROMPT_FIELDS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKS_ALL: tl.constexpr,
 ):  # fmt: skip
     """Each program takes blocks of queries, and a key head, until there are no more.
 
@@ -411,7 +413,7 @@ def _prefill_attention_kernel(
             _attend_block(
                 q_ptr, kv_cache_ptr, out_ptr, block_tables_ptr + slot * table_stride, k_scale_ptr, v_scale_ptr,
                 scale_log2, q_stride, first_token, first_query, query_len, seq_len, kv_head,
-                H_KV, G, D, S, WINDOW, SOFT_CAP, SCALE_STRIDE, BLOCK_M, BLOCK_D, BLOCK_N,
+                H_KV, G, D, S, WINDOW, SOFT_CAP, SCALE_STRIDE, BLOCK_M, BLOCK_D, BLOCK_N, MASKS_ALL,
             )  # fmt: skip
 
 
@@ -421,7 +423,7 @@ def _attend_block(
     query_len, seq_len, kv_head,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, SCALE_STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKS_ALL: tl.constexpr,
 ):  # fmt: skip
     """Queries [first_query, first_query + BLOCK_M // G) of the prompt whose first token is first_token."""
     BLOCK_Q: tl.constexpr = BLOCK_M // G
@@ -444,6 +446,8 @@ def _attend_block(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if WINDOW > 0:
         masked_start = tl.maximum(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+    elif MASKS_ALL:
+        masked_start = 0
     else:
         masked_start = (first_position + 1) // BLOCK_N * BLOCK_N
         for start in range(0, masked_start, BLOCK_N):  # keys that every query of the block sees
@@ -551,13 +555,13 @@ def merge_launch(shape: AttentionShape) -> Launch:
 @cache
 def prefill_launch(shape: AttentionShape, arch: str, tile: Tile | None = None) -> Launch:
     """How _prefill_attention_kernel is compiled. tile: instead of the architecture's."""
-    tile = tile or prefill_tile(arch, shape.block_d, shape.query_bytes)
+    tile = tile or prefill_tile(arch, shape.block_d, shape.query_bytes, shape.cache_bytes)
     blocks = {
         "BLOCK_M": max(tile.block_m, next_power_of_2(shape.group)),
         "BLOCK_D": shape.block_d,
         "BLOCK_N": tile.block_n,
     }
-    constexprs = _layer_constexprs(shape) | {"PROMPT_FIELDS": PROMPT_FIELDS}
+    constexprs = _layer_constexprs(shape) | {"PROMPT_FIELDS": PROMPT_FIELDS, "MASKS_ALL": tile.masks_all}
     return Launch(constexprs | blocks, tile.num_warps, tile.num_stages)
 
 

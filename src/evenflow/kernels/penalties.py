@@ -104,7 +104,7 @@ def _apply_penalties_kernel(
         steps = start + tl.arange(0, BLOCK)
         tokens = tl.load(token_buffer_ptr + steps, mask=steps < length, other=-1)
         is_token = (tokens >= 0) & (tokens < V)
-        found = tl.atomic_xchg(scratch_ptr + tokens, 0, mask=is_token, sem="relaxed")
+        found = tl.atomic_and(scratch_ptr + tokens, 0, mask=is_token, sem="relaxed")  # and leave 0
         is_first = is_token & (found != 0)
         count = (found & (_IN_PROMPT - 1)).to(tl.float32)
         x = tl.load(logits_ptr + tokens, mask=is_first, other=0.0)

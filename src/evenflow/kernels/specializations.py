@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +27,7 @@ from evenflow.kernels import (
     rotary,
     sampling_table,
     silu_and_mul,
+    step_inputs,
 )
 
 INT32_LIMIT = 1 << 31
@@ -68,8 +70,8 @@ class Specialization:
 class ModelShape:
     """What of a model decides how its kernels are compiled. window: of its attention, None for none.
 
-    is_sample: compiled in float16 and with an 8-bit cache too. The others, whose kernels differ in constants only, are
-    compiled in bfloat16.
+    is_sample: compiled in float16, in float32 (heads of 128 at most) and with an 8-bit cache too. The others, whose
+    kernels differ in constants only, are compiled in bfloat16.
     """
 
     name: str
@@ -105,6 +107,8 @@ MODELS = (
 # Rows of a step: a few and many, neither divisible by 16, which is the general case.
 NUM_ROWS = (3, 257)
 NUM_TOKENS = 515
+NUM_UPDATES = 7
+MAX_FLOAT32_HEAD = 128  # larger ones would spill on gfx11 and gfx12, and no model that we know asks for them
 MAX_MODEL_LEN = 8192
 BLOCK_SIZE = 16
 # Architectures that compile an 8-bit cache although it is no type of theirs would go here, with what converts it.
@@ -120,9 +124,8 @@ FP8_CACHES: dict[str, torch.dtype] = {
 def all_specializations(arch: str) -> list[Specialization]:
     """Without repetition, for an architecture as Platform.arch spells it."""
     found: dict[tuple[object, ...], Specialization] = {}
-    for model in MODELS:
-        for made in specializations(model, arch):
-            found.setdefault(_identity(made), made)
+    for made in chain(_of_steps(), *(specializations(model, arch) for model in MODELS)):
+        found.setdefault(_identity(made), made)
     names = {(made.kernel, made.name) for made in found.values()}
     assert len(names) == len(found), "two specializations of one kernel share a name"
     return list(found.values())
@@ -134,8 +137,10 @@ def _identity(made: Specialization) -> tuple[object, ...]:
 
 
 def specializations(model: ModelShape, arch: str) -> Iterator[Specialization]:
-    """What one model launches, in bfloat16 and, if it is a sample, in float16 and with an 8-bit cache."""
-    dtypes = (torch.bfloat16, torch.float16) if model.is_sample else (torch.bfloat16,)
+    """What one model launches, in bfloat16 and, if it is a sample, in the other types and with an 8-bit cache."""
+    dtypes = [torch.bfloat16]
+    if model.is_sample:
+        dtypes += [torch.float16, torch.float32] if model.head_dim <= MAX_FLOAT32_HEAD else [torch.float16]
     for dtype in dtypes:
         name = f"{model.name}-{TENSOR_TYPES[_dtype_name(dtype)]}"
         yield from _of_layers(model, dtype, name)
@@ -145,6 +150,21 @@ def specializations(model: ModelShape, arch: str) -> Iterator[Specialization]:
         yield from _of_cache(model, torch.bfloat16, fp8, arch, f"{model.name}-bf16-fp8")
     for num_rows in NUM_ROWS:
         yield from _of_sampling(model.vocab_size, num_rows, arch, f"{model.name}-{num_rows}")
+
+
+def _of_steps() -> Iterator[Specialization]:
+    """What is launched before a step's first layer, whatever the model."""
+    tokens, tables = empty(NUM_ROWS[1], MAX_MODEL_LEN), empty(NUM_ROWS[1], MAX_MODEL_LEN // BLOCK_SIZE)
+    made = [empty(NUM_TOKENS, dtype=torch.int64) for _ in range(3)]
+    for num_rows in NUM_ROWS:
+        rows = (empty(num_rows + 1), empty(num_rows), empty(num_rows))
+        yield from record(
+            step_inputs,
+            f"{num_rows}",
+            partial(step_inputs.launch_expand_rows, *rows, tokens, tables, BLOCK_SIZE, *made),
+        )
+    updates = empty(2, NUM_UPDATES)
+    yield from record(step_inputs, "words", lambda: step_inputs.launch_scatter_words(tokens, updates, NUM_UPDATES))
 
 
 def _of_layers(model: ModelShape, dtype: torch.dtype, name: str) -> Iterator[Specialization]:

@@ -5,7 +5,7 @@ that stay on the device. So a sampled token is read by the next step without hav
 
 Shapes: R rows, T tokens (padded), S tokens per block.
 """
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def expand_rows_ref(
     store_index.copy_(torch.where(is_real, blocks * block_size + p % block_size, -1))
 
 
-@jit
+@jit(do_not_specialize=("R", "T"))
 def _expand_rows_kernel(
     query_starts_ptr, starts_ptr, slots_ptr, token_buffer_ptr, block_tables_ptr, token_ids_ptr, positions_ptr,
     store_index_ptr, R, T, buffer_stride, table_stride,
@@ -111,8 +111,9 @@ def scatter_words(target: Tensor, updates: Tensor, count: int) -> None:
         target.view(-1)[updates[0, :count].long()] = updates[1, :count]
 
 
-@jit
+@jit(do_not_specialize=("index_ptr", "value_ptr", "count"))
 def _scatter_words_kernel(target_ptr, index_ptr, value_ptr, count, BLOCK: tl.constexpr):
+    """Updates stand anywhere in a step's words: what their addresses are divisible by must compile nothing anew."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < count
     index = tl.load(index_ptr + i, mask=mask, other=0).to(tl.int64)

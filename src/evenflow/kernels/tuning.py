@@ -12,12 +12,16 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """block_n: keys a step. block_m: (query, head) pairs a program, of prefill; decode takes one group of heads."""
+    """block_n: keys a step. block_m: (query, head) pairs a program, of prefill; decode takes one group of heads.
+
+    masks_all: of prefill, no loop of its own for keys that every query sees, which takes fewer registers.
+    """
 
     block_n: int
     num_warps: int
     num_stages: int
     block_m: int = 16
+    masks_all: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +34,8 @@ class Split:
     granule: int
 
 
-# {architecture: {padded head size: tile}}. Registers are what limits them: none of these spills, but for heads of 256
-# in prefill on gfx11, where a wave's queries and sums alone fill its registers.
+# {architecture: {padded head size: tile}}. Registers are what limits them: none of these spills, but for those of sm_90
+# in prefill, which the clock chose, and float32 with heads of 256 on gfx11 and gfx12.
 DECODE_TILES: dict[str, dict[int, Tile]] = {
     "gfx": {64: Tile(32, 1, 1), 128: Tile(16, 1, 1), 256: Tile(16, 2, 1)},
     "gfx11": {64: Tile(32, 2, 1), 128: Tile(32, 4, 1), 256: Tile(16, 4, 1)},
@@ -48,19 +52,25 @@ DECODE_TILES_8_BIT: dict[str, dict[int, Tile]] = {
     "sm_100": {64: Tile(64, 4, 1), 128: Tile(64, 4, 1), 256: Tile(32, 4, 1)},
 }
 PREFILL_TILES: dict[str, dict[int, Tile]] = {
-    "gfx": {64: Tile(32, 4, 1, 128), 128: Tile(32, 4, 1, 128), 256: Tile(32, 8, 1, 128)},
-    "gfx11": {64: Tile(32, 4, 1, 64), 128: Tile(32, 8, 1, 64), 256: Tile(16, 8, 1, 32)},
-    "gfx12": {64: Tile(32, 4, 1, 64), 128: Tile(32, 4, 1, 64), 256: Tile(16, 8, 1, 64)},
-    "sm_80": {64: Tile(64, 8, 3, 128), 128: Tile(64, 8, 2, 128), 256: Tile(32, 8, 2, 64)},
+    "gfx": {64: Tile(32, 4, 1, 128), 128: Tile(32, 4, 1, 128), 256: Tile(32, 8, 1, 128, True)},
+    "gfx11": {64: Tile(32, 4, 1, 64), 128: Tile(32, 8, 1, 64, True), 256: Tile(16, 8, 1, 32, True)},
+    "gfx12": {64: Tile(32, 4, 1, 64), 128: Tile(32, 8, 1, 64, True), 256: Tile(16, 8, 1, 64)},
+    "sm_80": {64: Tile(64, 8, 3, 128), 128: Tile(32, 8, 2, 128, True), 256: Tile(32, 8, 2, 64)},
     "sm_90": {64: Tile(64, 4, 3, 128), 128: Tile(32, 4, 3, 128), 256: Tile(32, 8, 2, 128)},
-    "sm_100": {64: Tile(128, 8, 3, 128), 128: Tile(64, 8, 3, 128), 256: Tile(32, 8, 2, 128)},
+    "sm_100": {64: Tile(128, 8, 3, 128), 128: Tile(64, 8, 3, 128), 256: Tile(32, 8, 1, 128)},
     "": {64: Tile(32, 4, 2, 64), 128: Tile(32, 8, 2, 64), 256: Tile(32, 8, 1, 64)},
+}
+# With a cache of 8 bits: enough keys a step that a lane reads 16 bytes, and registers for the conversion.
+PREFILL_TILES_8_BIT: dict[str, dict[int, Tile]] = {
+    **PREFILL_TILES,
+    "gfx": {64: Tile(64, 4, 1, 128, True), 128: Tile(32, 4, 1, 128), 256: Tile(32, 8, 1, 64, True)},
+    "sm_100": {64: Tile(128, 8, 3, 128), 128: Tile(64, 8, 3, 128), 256: Tile(32, 8, 2, 128)},
 }
 # Of 32-bit queries, in both kernels and for every head size: few have matrix units for exact float32.
 FLOAT32_TILES: dict[str, Tile] = {
     "gfx": Tile(16, 4, 1, 32),
-    "gfx11": Tile(16, 8, 1, 16),
-    "gfx12": Tile(16, 8, 1, 16),
+    "gfx11": Tile(16, 8, 1, 16, True),
+    "gfx12": Tile(16, 8, 1, 16, True),
     "": Tile(16, 8, 2, 32),
 }
 SPLITS: dict[str, Split] = {
@@ -79,11 +89,11 @@ def decode_tile(arch: str, block_d: int, query_bytes: int, cache_bytes: int) -> 
     return _by_size(_by_prefix(DECODE_TILES_8_BIT if cache_bytes == 1 else DECODE_TILES, arch), block_d)
 
 
-def prefill_tile(arch: str, block_d: int, query_bytes: int) -> Tile:
+def prefill_tile(arch: str, block_d: int, query_bytes: int, cache_bytes: int) -> Tile:
     """As decode_tile, for rows of several queries."""
     if query_bytes > 2:
         return _by_prefix(FLOAT32_TILES, arch)
-    return _by_size(_by_prefix(PREFILL_TILES, arch), block_d)
+    return _by_size(_by_prefix(PREFILL_TILES_8_BIT if cache_bytes == 1 else PREFILL_TILES, arch), block_d)
 
 
 def split_of(arch: str) -> Split:

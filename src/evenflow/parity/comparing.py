@@ -83,7 +83,7 @@ def compare(
         for place, (ours, theirs) in enumerate(zip(sequence.positions, positions, strict=True)):
             gap = _gap(sequence.output_token_ids[place], ours, theirs)
             gaps.append(gap)
-            if worst is None or not gap <= worst[0]:
+            if worst is None or gap > worst[0] or (math.isnan(gap) and not math.isnan(worst[0])):
                 worst = (gap, index, place)
             agrees = _agrees(ours, theirs)
             same += agrees

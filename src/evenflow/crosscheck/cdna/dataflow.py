@@ -14,6 +14,7 @@ from evenflow.crosscheck.cdna.launch import RegisterLayout
 from evenflow.crosscheck.cdna.machine import NUM_SCALARS, Machine
 from evenflow.crosscheck.cdna.operands import EXEC, Operand
 from evenflow.crosscheck.cdna.operation import Run, Step
+from evenflow.crosscheck.cdna.packed import read_words
 from evenflow.crosscheck.cdna.parser import Instruction, Kernel
 
 # Two more sources than the kernel's arguments: the block of arguments itself, and the descriptor of scratch.
@@ -260,8 +261,10 @@ def _address_registers(operand: Operand) -> Iterable[int]:
 
 def read_registers(step: Step) -> Iterator[int]:
     """Registers whose value matters: sources, and old values of destinations that are operands too."""
-    operands = step.sources + (step.destinations if step.operation.updates else [])
-    for operand in operands:
+    for operand, words in zip(step.sources, read_words(step.instruction, len(step.sources)), strict=True):
+        found = registers(operand)
+        yield from (found[word] for word in words) if words and len(found) == 2 else found
+    for operand in step.destinations if step.operation.updates else ():
         yield from registers(operand)
     yield from step.operation.reads
 

@@ -28,6 +28,16 @@ def _choices(instruction: Instruction, count: int) -> list[tuple[list[int], list
     return [low, high]
 
 
+def read_words(instruction: Instruction, num_sources: int) -> list[set[int]]:
+    """Of each source that is a pair of registers: those that are read. Empty: all of them."""
+    low, high = (instruction.modifiers.get(name) for name in ("op_sel", "op_sel_hi"))
+    if instruction.name == "v_pk_mov_b32":
+        return [{word} for word in low or [0, 1]]
+    if instruction.name.startswith("v_pk_") and instruction.name.endswith("_f32"):
+        return [set(words) for words in zip(low or [0] * num_sources, high or [1] * num_sources, strict=True)]
+    return [set()] * num_sources
+
+
 def _to_signed(bits: Array) -> Array:
     return np.ascontiguousarray(bits << U32(16)).view(np.int32) >> np.int32(16)
 
