@@ -287,7 +287,8 @@ def abort(group: Group | None) -> None:
     if group is None or group.device.type != "cuda":
         return
     if group.peers is not None:
-        group.peers.abort()
+        with contextlib.suppress(RuntimeError):  # of a GPU that takes no more work
+            group.peers.abort()
     # It tells the GPU at once, and then waits until the graphs are destroyed that collectives were recorded in.
     threading.Thread(target=_abort_library, name="evenflow-abort", daemon=True).start()
 

@@ -178,6 +178,7 @@ class Ranks:
         if self.error is None and not self._is_closing:
             self.error = error
             self._kill()
+            self._has_failed.set()
             distributed.abort(self.group)
         self._has_failed.set()
 
