@@ -21,7 +21,7 @@ class ReplicaConfig:
     target_ongoing_requests: int = option(64, "with --max-replicas: requests per engine that the number aims at")
     max_ongoing_requests: int = option(512, "most requests that an engine holds; further ones wait in the endpoint")
     cpus_per_replica: float = option(1.0, "CPUs that Ray reserves for an engine")
-    gpus_per_replica: int | None = option(None, "GPUs of one host that Ray reserves for an engine (default: one a rank)")
+    gpus_per_replica: int | None = option(None, "GPUs of one host reserved for an engine (default: one a rank)")
     prefix_aware: bool = option(True, "send prompts that begin alike to the same engine")
 
     def __post_init__(self) -> None:
