@@ -182,7 +182,7 @@ plant(
     prompt_counts_as_output=("is_prompt = steps < num_prompt_tokens", "is_prompt = steps < 0"),
     repetition_of_one_sign=("tl.where(x > 0, tl.div_rn(x, repetition), x * repetition)", "tl.div_rn(x, repetition)"),
     presence_for_prompts=("tl.where(count > 0, presence, 0.0)", "presence"),
-    scratch_is_left=("tl.atomic_xchg(scratch_ptr + tokens, 0,", "tl.atomic_add(scratch_ptr + tokens, 0,"),
+    scratch_is_left=("tl.atomic_and(scratch_ptr + tokens, 0,", "tl.atomic_or(scratch_ptr + tokens, 0,"),
     last_token_missing=("mask=steps < length, other=-1", "mask=steps < length - 1, other=-1"),
 )  # fmt: skip
 plant(
