@@ -167,6 +167,7 @@ def test_one_message(capsys, fake):
         (["generate", "--prompts-file", "/nowhere"], "--prompts-file /nowhere cannot be read"),
         (["generat", "x"], "unknown command 'generat'; did you mean generate?"),
         (["--verison"], "unknown option --verison; did you mean --version?"),
+        (["bench", "ablation", "--output-dir", "x"], "unknown option --output-dir, which another kind of it takes"),
         (["plan"], "required: MODEL"),
         (["plan", "llama-2-7b", "--gpu", "mi21"], "GPU 'mi21' is not listed; did you mean mi210?"),
         (["plan", "nonsense"], "'nonsense' does not exist"),

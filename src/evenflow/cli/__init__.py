@@ -45,8 +45,11 @@ class Parser(argparse.ArgumentParser):
 
     def nearest(self, wrong: str) -> str:
         """'; did you mean --max-num-seqs?' for a wrong option, or nothing."""
-        known = [option for option in self.known_options() if option.startswith("--")]
-        near = difflib.get_close_matches(wrong.split("=")[0], known, n=1, cutoff=0.6)
+        wrong = wrong.split("=")[0]
+        known = {option for option in self.known_options() if option.startswith("--")}
+        if wrong in known:
+            return ", which another kind of it takes"
+        near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.6)
         return f"; did you mean {near[0]}?" if near else ""
 
     def known_options(self) -> list[str]:
