@@ -60,7 +60,7 @@ def receive(plans_fd: int, control_fd: int) -> None:
 
 
 def measure(size: int, work: Work, num_steps: int) -> dict[str, float]:
-    from evenflow.engine.tensor_parallel import Deadlines, Ranks
+    from evenflow.engine.ranks import Deadlines, Ranks
 
     ranks = Ranks(size, Deadlines(), command=(sys.executable, __file__, "--receive"))
     sent, arrived = [], []

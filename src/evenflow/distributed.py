@@ -2,7 +2,7 @@
 
 A sum over the ranks always ends in a norm: the output of an embedding, of an attention and of an MLP is each rank's
 share of the sum, and `TensorParallel.reduce_add_rms_norm` adds the shares, the residual, and norms, in one step.
-Who starts the ranks, sends them work and watches them is in engine/tensor_parallel.py.
+Who starts the ranks, sends them work and watches them is in engine/ranks.py.
 """
 
 import contextlib
@@ -358,7 +358,7 @@ def _environment(host: str, device: torch.device) -> Iterator[None]:
 
     Gloo listens on one interface: here the one on the way to rank 0. Left alone it takes the address of this host's
     name, which may be another network's, or no address at all. PyTorch's own watch over a GPU's collectives ends the
-    process, with pages of text, at what engine/tensor_parallel.py tells in one line: it is switched off.
+    process, with pages of text, at what engine/ranks.py tells in one line: it is switched off.
     """
     wanted = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
     if device.type == "cpu":

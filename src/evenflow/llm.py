@@ -191,7 +191,7 @@ class LLM:
                     for output in self._step():
                         finished[output.request_id] = output
                         if progress is not None:
-                            progress.advance(output)
+                            progress.count(output)
         finally:
             self._abort(request_ids)
         return [finished[request_id] for request_id in request_ids]

@@ -10,7 +10,7 @@ from servers import OpenAIServer
 
 from evenflow.bench.environment import commit, machine_name, manifest
 from evenflow.cli import main
-from evenflow.cli.bench import KINDS
+from evenflow.cli.bench_options import KINDS
 
 HEAVY = ("torch", "triton", "transformers", "numpy", "matplotlib")
 

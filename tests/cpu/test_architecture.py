@@ -78,6 +78,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "chat_template",
     },
     "bench": {
+        "progress",
         "config",
         "llm",
         "model_config",

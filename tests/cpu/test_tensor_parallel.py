@@ -23,7 +23,8 @@ from evenflow.distributed import TensorParallel, join, listen, local_view
 from evenflow.engine.client import EngineClient, EngineDeadError
 from evenflow.engine.opening import open_model, resolve_settings
 from evenflow.engine.rank_error import RankError
-from evenflow.engine.tensor_parallel import Deadlines, TensorParallelRunner
+from evenflow.engine.ranks import Deadlines
+from evenflow.engine.tensor_parallel import TensorParallelRunner
 from evenflow.model_config import ModelConfig
 from evenflow.platforms import Platform, cpu
 from evenflow.request import AdmittedRequest, ScheduledRow, StepPlan

@@ -15,10 +15,10 @@ import numpy as np
 
 from evenflow.bench import engines
 from evenflow.bench.metrics import mean_and_half_width
-from evenflow.bench.progress import Bar
 from evenflow.bench.throughput import evenflow_runner
 from evenflow.bench.workload import BenchRequest, builtin, shared_prefixes
 from evenflow.config import EngineConfig
+from evenflow.progress import Bar
 
 if TYPE_CHECKING:
     from evenflow.llm import LLM

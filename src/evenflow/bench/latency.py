@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evenflow.bench import engines
-from evenflow.bench.progress import Bar
 from evenflow.bench.roofline import Machine, Work, offline_limit
 from evenflow.bench.workload import random_lengths
+from evenflow.progress import Bar
 
 if TYPE_CHECKING:
     from evenflow.llm import LLM

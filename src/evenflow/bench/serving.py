@@ -13,8 +13,8 @@ from typing import Any
 from evenflow.bench.arrivals import times_of
 from evenflow.bench.client import ENDPOINTS, Client, make_http, served_model
 from evenflow.bench.metrics import RequestRecord, summarize
-from evenflow.bench.progress import Bar
 from evenflow.bench.workload import BenchRequest, Workload, as_text
+from evenflow.progress import Bar
 
 MAX_TOLD_ERRORS = 5
 

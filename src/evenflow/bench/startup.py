@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from evenflow.bench import engines
-from evenflow.bench.progress import Bar
 from evenflow.bench.server_process import ServerProcess
+from evenflow.progress import Bar
 
 ENGINE_CHILD = """
 import json, sys, time

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from evenflow.bench import engines, roofline
 from evenflow.bench.metrics import mean_and_half_width
-from evenflow.bench.progress import Bar
 from evenflow.bench.workload import BenchRequest, Workload
+from evenflow.progress import Bar
 
 if TYPE_CHECKING:
     from evenflow.llm import LLM

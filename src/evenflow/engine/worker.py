@@ -1,6 +1,6 @@
 """A tensor-parallel rank other than 0, `python -m evenflow.engine.worker PLANS_FD CONTROL_FD PARENT_PID`.
 
-Started by engine.tensor_parallel, by nobody else. Launches every plan that it receives; what it samples is what rank 0
+Started by engine.ranks, by nobody else. Launches every plan that it receives; what it samples is what rank 0
 samples, so only a checksum of it goes back. The end of either socket means that rank 0 is gone.
 """
 

@@ -83,7 +83,7 @@ class DeviceRunner:
         stream: Stream | None = None,
     ) -> None:
         self.stream = stream or GpuStream(torch.device(settings.device))
-        self.device, self.settings, self.model_config = self.stream.device, settings, model_config
+        self.device, self.settings = self.stream.device, settings
         self.max_in_flight = 2 if settings.enable_overlap else 1
         tp = tp or TensorParallel()
         self.local = local_view(model_config, tp)  # the heads that this rank has
