@@ -140,3 +140,7 @@ def test_the_method_depends_on_the_size():
     assert best_method(torch.empty(8, 4096, dtype=torch.bfloat16, device="meta"), peers) == "one_shot"
     assert best_method(torch.empty(256, 8192, dtype=torch.bfloat16, device="meta"), peers) == "two_shot"
     assert best_method(torch.empty(8, 4096, dtype=torch.float64, device="meta"), peers) is None
+    two = make_peer_buffers(0, [0] * 2, torch.device("cpu"))  # one-shot up to MAX_BYTES, if it has programs enough
+    assert best_method(torch.empty(512, 8192, dtype=torch.bfloat16, device="meta"), two) == "one_shot"
+    assert best_method(torch.empty(1024, 4096, dtype=torch.bfloat16, device="meta"), two) == "two_shot"
+    assert best_method(torch.empty(1025, 4096, dtype=torch.bfloat16, device="meta"), two) is None
