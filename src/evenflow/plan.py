@@ -20,8 +20,8 @@ MEAN_REQUEST_TOKENS = 479  # prompt + output of ShareGPT's mean request
 STEP_TOKENS = 8192  # the largest step
 MAX_SEQS = 256
 GPU_COUNTS = (1, 2, 4, 8)
-# Between GPUs. A sum or a gathering takes so long whatever its size: assumed, and measured by benchmarks/all_reduce.py.
-COLLECTIVE_S = 10e-6
+# Between GPUs: the smallest sum of two H200 by our kernel, its norm included (benchmarks/all_reduce.py); NCCL: 11 us.
+COLLECTIVE_S = 6e-6
 PCIE_BYTES_PER_S = 64e9  # both ways together, version 4.0 with 16 lanes: where a GPU has no link of its own
 
 
