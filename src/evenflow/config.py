@@ -59,8 +59,8 @@ class EngineConfig:
     enable_chunked_prefill: bool = option(True, "split long prompts over several steps")
     enable_overlap: bool = option(True, "on a GPU: plan the next step while one runs")
     enable_graphs: bool = option(True, "on a GPU: replay steps of up to 2,048 tokens as graphs")
-    enable_custom_all_reduce: bool = option(
-        False, "with several GPUs: add small sums by our own kernel (not tried on GPUs yet)"
+    enable_custom_all_reduce: bool | None = option(
+        None, "with several GPUs: add small sums by our own kernel (default: where that has been measured)"
     )
     max_logprobs: int = option(20, "most log-probabilities that a request may ask for per token")
     generation_config: str = option("auto", "sampling defaults from the model's file, or none", ("auto", "none"))
@@ -168,7 +168,9 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Res
     decide("max_num_seqs", 1024 if is_large else 256, "enough to be bound by memory, not by count")
     values["enable_overlap"] = config.enable_overlap and on_gpu
     values["enable_graphs"] = config.enable_graphs and on_gpu and platform.supports_graphs
-    values["enable_custom_all_reduce"] = config.enable_custom_all_reduce and on_gpu and config.tensor_parallel_size > 1
+    has_run = config.tensor_parallel_size in platform.peer_sum_sizes
+    decide("enable_custom_all_reduce", has_run, f"our sums have {'' if has_run else 'not '}run on so many such GPUs")
+    values["enable_custom_all_reduce"] &= on_gpu and config.tensor_parallel_size > 1
     if config.tensor_parallel_size == 1:
         reasons["enable_custom_all_reduce"] = "of no use for one GPU"
     if not on_gpu:

@@ -25,6 +25,7 @@ CACHE_SCALES = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_c
 QWEN3 = LLAMA | {"model_type": "qwen3", "num_key_value_heads": 8}
 GPU = Platform("gpu", "cuda", "any", 32, "float8_e4m3fn", 2**16, True, 2**36, "bfloat16")
 FNUZ = dataclasses.replace(GPU, fp8_dtype="float8_e4m3fnuz")
+SEVERAL = dataclasses.replace(GPU, num_devices=8, peer_sum_sizes=(2,))
 OLD = dataclasses.replace(GPU, name="old GPU", arch="older", fp8_dtype=None)
 CPU = cpu.detect()
 
@@ -66,6 +67,14 @@ def test_resolution_is_complete_and_says_why():
         ({"enable_chunked_prefill": False}, CPU, "max_num_batched_tokens", 4096),
         ({"load_format": "dummy"}, CPU, "load_format", "dummy"),
         ({}, CPU, "load_format", "safetensors"),
+        ({}, SEVERAL, "enable_custom_all_reduce", False),
+        ({"tensor_parallel_size": 2}, SEVERAL, "enable_custom_all_reduce", True),
+        ({"tensor_parallel_size": 4}, SEVERAL, "enable_custom_all_reduce", False),
+        ({"tensor_parallel_size": 4, "enable_custom_all_reduce": True}, SEVERAL, "enable_custom_all_reduce", True),
+        ({"tensor_parallel_size": 2, "enable_custom_all_reduce": False}, SEVERAL, "enable_custom_all_reduce", False),
+        ({"enable_custom_all_reduce": True}, SEVERAL, "enable_custom_all_reduce", False),
+        ({"tensor_parallel_size": 2}, CPU, "enable_custom_all_reduce", False),
+        ({"tensor_parallel_size": 2, "enable_custom_all_reduce": True}, CPU, "enable_custom_all_reduce", False),
     ],
 )
 def test_resolution(options, platform, field, value):

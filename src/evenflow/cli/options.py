@@ -47,7 +47,7 @@ def add_options(
             flags.insert(0, "-m")
         settings: dict[str, Any] = {"help": field.metadata["help"] + _default_text(field), "default": argparse.SUPPRESS}
         settings["dest"] = prefix + field.name
-        if isinstance(field.default, bool):
+        if "bool" in str(field.type):
             settings["action"] = argparse.BooleanOptionalAction
         else:
             settings["type"] = int if "int" in str(field.type) else float if "float" in str(field.type) else str

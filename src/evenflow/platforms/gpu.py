@@ -31,6 +31,7 @@ FP8_DTYPES = {
     "sm_10": "float8_e4m3fn",
     "sm_12": "float8_e4m3fn",
 }
+PEER_SUM_SIZES: dict[str, tuple[int, ...]] = {"sm_90": (2,)}  # of two H200: docs/tensor-parallel.md
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,7 @@ def platform_of(facts: DeviceFacts) -> Platform:
         default_dtype="bfloat16",
         specs=specs.key if specs else None,
         num_devices=facts.num_devices,
+        peer_sum_sizes=_by_prefix(PEER_SUM_SIZES, arch) or (),
     )
 
 

@@ -10,7 +10,8 @@ class Platform:
     name: for people. device: as PyTorch spells it (ROCm is "cuda"). arch: "gfx942", "sm_90", "cpu". fp8_dtype: torch's
     name of the native 8-bit float or None. lds_bytes: shared memory per workgroup. memory_bytes: total of the device.
     specs: the section of specs.toml that describes it, or None when it is not listed.
-    num_devices: how many of them this process can use.
+    num_devices: how many of them this process can use. peer_sum_sizes: how many such devices have done our sums over
+    peer memory (kernels/all_reduce.py) together, rightly and faster than the library.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Platform:
     default_dtype: str
     specs: str | None = None
     num_devices: int = 1
+    peer_sum_sizes: tuple[int, ...] = ()
 
 
 def detect(device: str = "auto") -> Platform:
