@@ -2,12 +2,14 @@
 
 Kernels are written for Triton 3.6 to 3.9: no block pointers, no autotuning, plain pointers and masks.
 """
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 
 from functools import cache
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
+from evenflow.kernels.tuning import has_dependent_launch
 from evenflow.platforms import detect
 
 tl: Any
@@ -18,6 +20,11 @@ try:
 except ImportError:
     _triton = None
     tl = SimpleNamespace(constexpr=lambda value: value)  # annotations, and constants that kernels share with the host
+try:
+    _dependent = import_module("triton.language.extra.cuda")
+    gdc_wait, gdc_launch_dependents = _dependent.gdc_wait, _dependent.gdc_launch_dependents
+except ImportError:
+    gdc_wait = gdc_launch_dependents = None
 
 
 class _Absent:
@@ -40,6 +47,27 @@ def jit(kernel: Any = None, *, do_not_specialize: tuple[str, ...] = ()) -> Any:
     return _Absent(kernel) if _triton is None else _triton.jit(kernel, do_not_specialize=do_not_specialize)
 
 
+@jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Let the next kernel's programs start, and wait for the end of the kernel before; nothing unless PDL.
+
+    With programmatic dependent launch a kernel's programs start as soon as all of the kernel before have come here, and
+    what they do before they wait runs beside it. A kernel that is launched so (dependent_launch) calls this once in
+    every program: before it reads what another kernel wrote, before it writes anything, and before it returns early.
+    Then the end of a kernel means the end of all before it. What it may read earlier is what no kernel writes while the
+    engine runs: weights.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@cache
+def dependent_launch(arch: str) -> dict[str, bool]:
+    """Arguments of the launch of a kernel that calls wait_for_previous."""
+    return {"PDL": True, "launch_pdl": True} if has_dependent_launch(arch) else {"PDL": False}
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -58,3 +86,8 @@ def current_arch() -> str:
     """The first GPU's architecture, as Platform.arch spells it; "" where there is none, as in the interpreter."""
     platform = detect()
     return "" if platform.device == "cpu" else platform.arch
+
+
+def arch_of(x: Any) -> str:
+    """The architecture that a kernel on this tensor runs on; "" for one that is interpreted or simulated."""
+    return current_arch() if x.is_cuda else ""

@@ -28,7 +28,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evenflow.kernels.language import cdiv, current_arch, jit, next_power_of_2, tl
+from evenflow.kernels.language import (
+    arch_of,
+    cdiv,
+    current_arch,
+    dependent_launch,
+    jit,
+    next_power_of_2,
+    tl,
+    wait_for_previous,
+)
 from evenflow.kernels.tuning import Tile, decode_tile, prefill_tile, split_of
 
 DEFAULT_MULTIPROCESSORS = 108
@@ -190,9 +199,10 @@ def _attend_row(
 def _plan_kernel(
     query_starts_ptr, seq_lens_ptr, slots_ptr, items_ptr, splits_ptr, prompts_ptr, counts_ptr, num_rows, target_items,
     GRANULE: tl.constexpr, ITEM_FIELDS: tl.constexpr, SPLIT_FIELDS: tl.constexpr, PROMPT_FIELDS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_R: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: every row is an element. There are at most length / chunk + 1 pieces, so that the bounds hold."""
+    wait_for_previous(PDL)
     row = tl.arange(0, BLOCK_R)
     is_row = row < num_rows
     token = tl.load(query_starts_ptr + row, mask=is_row, other=0)
@@ -288,9 +298,10 @@ def _decode_attention_kernel(
     v_scale_ptr, scale_log2, q_stride, table_stride,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, SCALE_STRIDE: tl.constexpr, ITEM_FIELDS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (item, key head): the group's G queries of one token over the keys [first, last) of its sequence."""
+    wait_for_previous(PDL)
     kv_head = tl.program_id(1)
     if tl.program_id(0) >= tl.load(counts_ptr):
         return
@@ -338,12 +349,13 @@ def _decode_attention_kernel(
 def _merge_pieces_kernel(
     partials_ptr, stats_ptr, splits_ptr, counts_ptr, v_scale_ptr, out_ptr,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE_STRIDE: tl.constexpr, SPLIT_FIELDS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Each program takes a split row and a query head until there are no more: mostly few rows are split, or none.
 
     A piece outside the window has total 0 and sums of 0.
     """
+    wait_for_previous(PDL)
     num_splits = tl.load(counts_ptr + 1)
     for work in range(tl.program_id(0), num_splits * H, tl.num_programs(0)):
         head = work % H
@@ -382,13 +394,14 @@ def _prefill_attention_kernel(
     q_stride, table_stride,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, SCALE_STRIDE: tl.constexpr, PROMPT_FIELDS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKS_ALL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKS_ALL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Each program takes blocks of queries, and a key head, until there are no more.
 
     A block is BLOCK_M // G queries of one prompt, times the G heads of the group.
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // G
+    wait_for_previous(PDL)
     num_prompts = tl.load(counts_ptr + 2)
     # Prompt i owns the blocks from (queries before it) // BLOCK_Q + i on: at least as many as its queries need.
     num_blocks = tl.load(counts_ptr + 3) // BLOCK_Q + num_prompts
@@ -498,20 +511,22 @@ class AttentionShape:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How a kernel is compiled: its constants and triton's options."""
+    """How a kernel is compiled: its constants, triton's options, and what dependent_launch gives."""
 
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int
+    dependence: dict[str, bool]
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of the launch."""
-        return {**self.constexprs, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**self.constexprs, **options, **self.dependence}
 
 
 @cache
-def plan_launch(num_rows: int, granule: int) -> Launch:
+def plan_launch(num_rows: int, granule: int, arch: str) -> Launch:
     """How _plan_kernel is compiled for steps of num_rows rows."""
     block = max(next_power_of_2(num_rows), 32)
     constexprs = {
@@ -521,7 +536,7 @@ def plan_launch(num_rows: int, granule: int) -> Launch:
         "PROMPT_FIELDS": PROMPT_FIELDS,
         "BLOCK_R": block,
     }
-    return Launch(constexprs, num_warps=min(max(block // 128, 1), 8), num_stages=1)
+    return Launch(constexprs, min(max(block // 128, 1), 8), num_stages=1, dependence=dependent_launch(arch))
 
 
 @cache
@@ -534,12 +549,12 @@ def decode_launch(shape: AttentionShape, arch: str, tile: Tile | None = None) ->
         "BLOCK_D": shape.block_d,
         "BLOCK_N": tile.block_n,
     }
-    return Launch(constexprs | blocks, tile.num_warps, tile.num_stages)
+    return Launch(constexprs | blocks, tile.num_warps, tile.num_stages, dependent_launch(arch))
 
 
 @cache
-def merge_launch(shape: AttentionShape) -> Launch:
-    """How _merge_pieces_kernel is compiled, on every architecture."""
+def merge_launch(shape: AttentionShape, arch: str) -> Launch:
+    """How _merge_pieces_kernel is compiled."""
     constexprs = {
         "H": shape.num_heads,
         "G": shape.group,
@@ -549,7 +564,7 @@ def merge_launch(shape: AttentionShape) -> Launch:
         "BLOCK_P": MERGED_PIECES,
         "BLOCK_D": shape.block_d,
     }
-    return Launch(constexprs, num_warps=4, num_stages=1)
+    return Launch(constexprs, num_warps=4, num_stages=1, dependence=dependent_launch(arch))
 
 
 @cache
@@ -562,7 +577,7 @@ def prefill_launch(shape: AttentionShape, arch: str, tile: Tile | None = None) -
         "BLOCK_N": tile.block_n,
     }
     constexprs = _layer_constexprs(shape) | {"PROMPT_FIELDS": PROMPT_FIELDS, "MASKS_ALL": tile.masks_all}
-    return Launch(constexprs | blocks, tile.num_warps, tile.num_stages)
+    return Launch(constexprs | blocks, tile.num_warps, tile.num_stages, dependent_launch(arch))
 
 
 def _layer_constexprs(shape: AttentionShape) -> dict[str, Any]:
@@ -577,13 +592,14 @@ def _layer_constexprs(shape: AttentionShape) -> dict[str, Any]:
     }
 
 
-def launch_plan_attention(rows: DeviceRows) -> None:
-    """The kernel of plan_attention."""
+def launch_plan_attention(rows: DeviceRows, *, arch: str | None = None) -> None:
+    """The kernel of plan_attention. arch: None for that of the rows."""
+    arch = arch_of(rows.seq_lens) if arch is None else arch
     plan, num_rows = rows.plan, rows.seq_lens.shape[0]
     assert num_rows + plan.target_items <= plan.items.shape[0], "the plan was made for fewer rows"
     _plan_kernel[(1,)](
         rows.query_starts, rows.seq_lens, rows.slots, plan.items, plan.splits, plan.prompts, plan.counts, num_rows,
-        plan.target_items, **plan_launch(num_rows, plan.granule).arguments,
+        plan.target_items, **plan_launch(num_rows, plan.granule, arch).arguments,
     )  # fmt: skip
 
 
@@ -605,7 +621,7 @@ def launch_paged_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.shape[0] == 0:
         return out
-    arch = current_arch() if arch is None else arch
+    arch = arch_of(q) if arch is None else arch
     options = (window, soft_cap, k_scale, v_scale)
     launch_decode_attention(q, kv_cache, rows, out, scale, *options, arch=arch, tile=decode)
     if rows.max_query_len > 1:
@@ -637,7 +653,7 @@ def launch_decode_attention(
     )  # fmt: skip
     num_splits = min(rows.seq_lens.shape[0], plan.target_items)
     _merge_pieces_kernel[(min(num_splits * shape.num_heads, plan.num_programs),)](
-        plan.partials, plan.stats, plan.splits, plan.counts, v_scale, out, **merge_launch(shape).arguments
+        plan.partials, plan.stats, plan.splits, plan.counts, v_scale, out, **merge_launch(shape, arch).arguments
     )
 
 

@@ -7,7 +7,15 @@ On a GPU a program norms a few rows that it keeps in registers: each element is 
 import torch
 from torch import Tensor
 
-from evenflow.kernels.language import cdiv, jit, next_power_of_2, tl
+from evenflow.kernels.language import (
+    arch_of,
+    cdiv,
+    dependent_launch,
+    jit,
+    next_power_of_2,
+    tl,
+    wait_for_previous,
+)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -42,15 +50,16 @@ def _normed(x, weight, D, eps):
 @jit
 def _rms_norm_kernel(
     x_ptr, weight_ptr, out_ptr, num_rows, num_heads, token_stride, head_stride, D, eps,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_D)
     mask = (rows < num_rows)[:, None] & (cols < D)[None, :]
     tokens, heads = rows // num_heads, rows % num_heads
     starts = tokens.to(tl.int64) * token_stride + heads * head_stride
-    x = tl.load(x_ptr + starts[:, None] + cols[None, :], mask=mask, other=0.0)
     weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0)
+    wait_for_previous(PDL)
+    x = tl.load(x_ptr + starts[:, None] + cols[None, :], mask=mask, other=0.0)
     outs = rows.to(tl.int64)[:, None] * D + cols[None, :]
     tl.store(out_ptr + outs, _normed(x, weight, D, eps), mask=mask)
 
@@ -58,14 +67,15 @@ def _rms_norm_kernel(
 @jit
 def _add_rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, num_rows, x_stride, residual_stride, D, eps,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_D)
     mask = (rows < num_rows)[:, None] & (cols < D)[None, :]
+    weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0)
+    wait_for_previous(PDL)
     x = tl.load(x_ptr + (rows * x_stride)[:, None] + cols[None, :], mask=mask, other=0.0)
     residual = tl.load(residual_ptr + (rows * residual_stride)[:, None] + cols[None, :], mask=mask, other=0.0)
-    weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0)
     total = x + residual
     outs = (rows * D)[:, None] + cols[None, :]
     tl.store(sum_ptr + outs, total, mask=mask)
@@ -79,8 +89,8 @@ def row_tile(size: int) -> tuple[int, int, int]:
     return rows, block, min(max(rows * block // 1024, 1), 16)
 
 
-def launch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The kernel of rms_norm. x: [N, D] or [N, heads, D] with unit stride in D."""
+def launch_rms_norm(x: Tensor, weight: Tensor, eps: float, *, arch: str | None = None) -> Tensor:
+    """The kernel of rms_norm. x: [N, D] or [N, heads, D] with unit stride in D. arch: None for that of x."""
     D = x.shape[-1]
     num_heads = x.shape[1] if x.ndim == 3 else 1
     assert x.ndim in (2, 3)
@@ -93,12 +103,14 @@ def launch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows, block, num_warps = row_tile(D)
     _rms_norm_kernel[(cdiv(num_rows, rows),)](
         x, weight, out, num_rows, num_heads, x.stride(0), x.stride(1) if x.ndim == 3 else 0, D, eps,
-        ROWS=rows, BLOCK_D=block, num_warps=num_warps,
+        ROWS=rows, BLOCK_D=block, num_warps=num_warps, **dependent_launch(arch_of(x) if arch is None else arch),
     )  # fmt: skip
     return out
 
 
-def launch_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def launch_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, arch: str | None = None
+) -> tuple[Tensor, Tensor]:
     """The kernel of add_rms_norm. Rows of x and residual may be strided."""
     N, D = x.shape
     assert x.stride(1) == residual.stride(1) == 1
@@ -111,6 +123,6 @@ def launch_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float)
     rows, block, num_warps = row_tile(D)
     _add_rms_norm_kernel[(cdiv(N, rows),)](
         x, residual, weight, out, total, N, x.stride(0), residual.stride(0), D, eps,
-        ROWS=rows, BLOCK_D=block, num_warps=num_warps,
+        ROWS=rows, BLOCK_D=block, num_warps=num_warps, **dependent_launch(arch_of(x) if arch is None else arch),
     )  # fmt: skip
     return out, total

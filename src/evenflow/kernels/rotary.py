@@ -7,7 +7,15 @@ Shapes: T tokens, N heads (query and key heads together), D head size, B blocks 
 import torch
 from torch import Tensor
 
-from evenflow.kernels.language import cdiv, jit, next_power_of_2, tl
+from evenflow.kernels.language import (
+    arch_of,
+    cdiv,
+    dependent_launch,
+    jit,
+    next_power_of_2,
+    tl,
+    wait_for_previous,
+)
 
 
 def rotary_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -81,7 +89,7 @@ def _quantized(x: Tensor, kv_cache: Tensor, scale: Tensor | None) -> Tensor:
 def _rotary_and_store_kernel(
     qkv_ptr, kv_cache_ptr, cos_ptr, sin_ptr, positions_ptr, store_index_ptr, k_scale_ptr, v_scale_ptr, token_stride,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, S: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
-    LARGEST: tl.constexpr, HAS_SCALE: tl.constexpr, SCALE_STRIDE: tl.constexpr,
+    LARGEST: tl.constexpr, HAS_SCALE: tl.constexpr, SCALE_STRIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A token's heads, HEADS of them: halves of D // 2, padded to BLOCK. LARGEST: of the cache's type, 0: no clamp."""
     HALF: tl.constexpr = D // 2
@@ -90,6 +98,7 @@ def _rotary_and_store_kernel(
     cols = tl.arange(0, BLOCK)
     mask = (heads < H + 2 * HKV)[:, None] & (cols < HALF)[None, :]
     starts = token * token_stride + heads * D
+    wait_for_previous(PDL)
     first_ptr = qkv_ptr + starts[:, None] + cols[None, :]
     first = tl.load(first_ptr, mask=mask, other=0.0)
     second = tl.load(first_ptr + HALF, mask=mask, other=0.0)
@@ -145,8 +154,10 @@ def launch_rotary_and_store(
     num_kv_heads: int,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    *,
+    arch: str | None = None,
 ) -> None:
-    """The kernel of rotary_and_store."""
+    """The kernel of rotary_and_store. arch: None for that of qkv."""
     num_tokens, num_all = len(qkv), num_heads + 2 * num_kv_heads
     block_size, size = kv_cache.shape[-2:]
     assert qkv.stride(-1) == 1
@@ -168,4 +179,5 @@ def launch_rotary_and_store(
         H=num_heads, HKV=num_kv_heads, D=size, S=block_size, HEADS=heads, BLOCK=block,
         LARGEST=torch.finfo(kv_cache.dtype).max if is_small else 0.0, HAS_SCALE=is_small and k_scale is not None,
         SCALE_STRIDE=int(k_scale is not None and k_scale.numel() > 1), num_warps=num_warps,
+        **dependent_launch(arch_of(qkv) if arch is None else arch),
     )  # fmt: skip

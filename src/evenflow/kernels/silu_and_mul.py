@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evenflow.kernels.language import cdiv, jit, tl
+from evenflow.kernels.language import arch_of, cdiv, dependent_launch, jit, tl, wait_for_previous
 
 BLOCK = 1024  # columns a program
 NUM_WARPS = 4
@@ -20,10 +20,11 @@ def silu_and_mul(x: Tensor) -> Tensor:
 
 
 @jit
-def _silu_and_mul_kernel(x_ptr, out_ptr, x_stride, D, BLOCK: tl.constexpr):
+def _silu_and_mul_kernel(x_ptr, out_ptr, x_stride, D, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < D
+    wait_for_previous(PDL)
     gate = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
     up = tl.load(x_ptr + row * x_stride + D + cols, mask=mask, other=0.0)
     gate32 = gate.to(tl.float32)
@@ -31,12 +32,15 @@ def _silu_and_mul_kernel(x_ptr, out_ptr, x_stride, D, BLOCK: tl.constexpr):
     tl.store(out_ptr + row * D + cols, activated.to(gate.dtype) * up, mask=mask)
 
 
-def launch_silu_and_mul(x: Tensor) -> Tensor:
-    """The kernel of silu_and_mul. Rows of x may be strided."""
+def launch_silu_and_mul(x: Tensor, *, arch: str | None = None) -> Tensor:
+    """The kernel of silu_and_mul. Rows of x may be strided. arch: None for that of x."""
     N, D = x.shape[0], x.shape[1] // 2
     assert x.ndim == 2
     assert x.stride(1) == 1
     out = torch.empty(N, D, dtype=x.dtype, device=x.device)
     if N:
-        _silu_and_mul_kernel[(N, cdiv(D, BLOCK))](x, out, x.stride(0), D, BLOCK=BLOCK, num_warps=NUM_WARPS)
+        _silu_and_mul_kernel[(N, cdiv(D, BLOCK))](
+            x, out, x.stride(0), D,
+            BLOCK=BLOCK, num_warps=NUM_WARPS, **dependent_launch(arch_of(x) if arch is None else arch),
+        )  # fmt: skip
     return out

@@ -10,7 +10,15 @@ Shapes: R rows, T tokens (padded), S tokens per block.
 import torch
 from torch import Tensor
 
-from evenflow.kernels.language import cdiv, jit, next_power_of_2, tl
+from evenflow.kernels.language import (
+    arch_of,
+    cdiv,
+    dependent_launch,
+    jit,
+    next_power_of_2,
+    tl,
+    wait_for_previous,
+)
 
 BLOCK = 128  # tokens a program
 UPDATE_BLOCK = 256
@@ -58,9 +66,10 @@ def expand_rows_ref(
 def _expand_rows_kernel(
     query_starts_ptr, starts_ptr, slots_ptr, token_buffer_ptr, block_tables_ptr, token_ids_ptr, positions_ptr,
     store_index_ptr, R, T, buffer_stride, table_stride,
-    S: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    S: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    wait_for_previous(PDL)
     is_real = t < tl.load(query_starts_ptr + R)
     low = tl.zeros([BLOCK], tl.int32)  # the last row that begins at or before t
     high = tl.zeros([BLOCK], tl.int32) + R
@@ -90,14 +99,17 @@ def launch_expand_rows(
     token_ids: Tensor,
     positions: Tensor,
     store_index: Tensor,
+    *,
+    arch: str | None = None,
 ) -> None:
-    """The kernel of expand_rows."""
+    """The kernel of expand_rows. arch: None for that of token_ids."""
     num_rows, num_tokens = len(starts), len(token_ids)
     steps = next_power_of_2(num_rows + 1).bit_length()
     _expand_rows_kernel[(cdiv(num_tokens, BLOCK),)](
         query_starts, starts, slots, token_buffer, block_tables, token_ids, positions, store_index,
         num_rows, num_tokens, token_buffer.stride(0), block_tables.stride(0),
         S=block_size, STEPS=steps, BLOCK=BLOCK, num_warps=4,
+        **dependent_launch(arch_of(token_ids) if arch is None else arch),
     )  # fmt: skip
 
 
