@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import test_draw
 import test_filter
+import test_linear
 import test_logprobs
 import test_masks
 import test_penalties
@@ -25,6 +26,7 @@ from planted_bug import planted
 from evenflow.kernels import (
     draw,
     filter,
+    linear,
     logprobs,
     masks,
     penalties,
@@ -87,6 +89,19 @@ plant(
     sigmoid_of_the_other_sign=("tl.exp(-gate32)", "tl.exp(gate32)"),
     gate_and_up_swapped=("activated.to(gate.dtype) * up", "activated.to(gate.dtype) * gate"),
     last_columns_missing=("mask = cols < D", "mask = cols < D - 1"),
+)  # fmt: skip
+plant(
+    linear, test_linear, lambda _: test_linear.test_rows_of_any_length((3, 8, 1192), F16),
+    last_piece_missing=("sums += weight.to(tl.float32) * _piece(x_ptrs, LAST", "sums += 0.0 * _piece(x_ptrs, LAST"),
+    first_piece_again=("weight = next_weight", "weight = weight"),
+    x_of_the_first_piece=("tl.load(x_ptrs + start)", "tl.load(x_ptrs)"),
+    one_column_too_few=("mask=cols < K - start", "mask=cols < K - start - 1"),
+    weights_of_the_first_program=("weight_ptr + outs.to(tl.int64)", "weight_ptr + (outs % BLOCK_N).to(tl.int64)"),
+    one_token_for_all=("x_ptr + token * K", "x_ptr + token * 0"),
+)  # fmt: skip
+plant(
+    linear, test_linear, lambda _: test_linear.test_sums_are_in_float32(),
+    sums_in_16_bits=("weight = next_weight", "weight, sums = next_weight, sums.to(tl.float16).to(tl.float32)"),
 )  # fmt: skip
 plant(
     rotary, test_rotary, lambda _: test_rotary.test_against_float64(8, 2, 80, F32),

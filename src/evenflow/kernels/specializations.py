@@ -19,6 +19,7 @@ from torch import Tensor
 from evenflow.kernels import (
     draw,
     filter,
+    linear,
     logprobs,
     masks,
     paged_attention,
@@ -124,7 +125,7 @@ FP8_CACHES: dict[str, torch.dtype] = {
 def all_specializations(arch: str) -> list[Specialization]:
     """Without repetition, for an architecture as Platform.arch spells it."""
     found: dict[tuple[object, ...], Specialization] = {}
-    for made in chain(_of_steps(), *(specializations(model, arch) for model in MODELS)):
+    for made in chain(_of_steps(arch), *(specializations(model, arch) for model in MODELS)):
         found.setdefault(_identity(made), made)
     names = {(made.kernel, made.name) for made in found.values()}
     assert len(names) == len(found), "two specializations of one kernel share a name"
@@ -143,7 +144,9 @@ def specializations(model: ModelShape, arch: str) -> Iterator[Specialization]:
         dtypes += [torch.float16, torch.float32] if model.head_dim <= MAX_FLOAT32_HEAD else [torch.float16]
     for dtype in dtypes:
         name = f"{model.name}-{TENSOR_TYPES[_dtype_name(dtype)]}"
-        yield from _of_layers(model, dtype, name)
+        yield from _of_layers(model, dtype, arch, name)
+        if dtype.itemsize == 2:
+            yield from _of_products(model, dtype, arch, name)
         yield from _of_cache(model, dtype, dtype, arch, name)
     fp8 = next((dtype for prefix, dtype in FP8_CACHES.items() if arch.startswith(prefix)), None)
     if model.is_sample and fp8 is not None:
@@ -152,7 +155,7 @@ def specializations(model: ModelShape, arch: str) -> Iterator[Specialization]:
         yield from _of_sampling(model.vocab_size, num_rows, arch, f"{model.name}-{num_rows}")
 
 
-def _of_steps() -> Iterator[Specialization]:
+def _of_steps(arch: str) -> Iterator[Specialization]:
     """What is launched before a step's first layer, whatever the model."""
     tokens, tables = empty(NUM_ROWS[1], MAX_MODEL_LEN), empty(NUM_ROWS[1], MAX_MODEL_LEN // BLOCK_SIZE)
     made = [empty(NUM_TOKENS, dtype=torch.int64) for _ in range(3)]
@@ -161,23 +164,40 @@ def _of_steps() -> Iterator[Specialization]:
         yield from record(
             step_inputs,
             f"{num_rows}",
-            partial(step_inputs.launch_expand_rows, *rows, tokens, tables, BLOCK_SIZE, *made),
+            partial(step_inputs.launch_expand_rows, *rows, tokens, tables, BLOCK_SIZE, *made, arch=arch),
         )
     updates = empty(2, NUM_UPDATES)
     yield from record(step_inputs, "words", lambda: step_inputs.launch_scatter_words(tokens, updates, NUM_UPDATES))
 
 
-def _of_layers(model: ModelShape, dtype: torch.dtype, name: str) -> Iterator[Specialization]:
+def _of_layers(model: ModelShape, dtype: torch.dtype, arch: str, name: str) -> Iterator[Specialization]:
     hidden = empty(NUM_TOKENS, model.hidden_size, dtype=dtype)
     weight = empty(model.hidden_size, dtype=dtype)
-    yield from record(rms_norm, name, lambda: rms_norm.launch_rms_norm(hidden, weight, 1e-5))
-    yield from record(rms_norm, name, lambda: rms_norm.launch_add_rms_norm(hidden, hidden, weight, 1e-5))
+    yield from record(rms_norm, name, lambda: rms_norm.launch_rms_norm(hidden, weight, 1e-5, arch=arch))
+    yield from record(rms_norm, name, lambda: rms_norm.launch_add_rms_norm(hidden, hidden, weight, 1e-5, arch=arch))
     if model.has_head_norm:
         heads = _qkv(model, dtype)[:, : model.num_heads]
         head_weight = empty(model.head_dim, dtype=dtype)
-        yield from record(rms_norm, f"{name}-heads", lambda: rms_norm.launch_rms_norm(heads, head_weight, 1e-6))
+        yield from record(
+            rms_norm, f"{name}-heads", lambda: rms_norm.launch_rms_norm(heads, head_weight, 1e-6, arch=arch)
+        )
     joint = empty(NUM_TOKENS, 2 * model.intermediate_size, dtype=dtype)
-    yield from record(silu_and_mul, name, lambda: silu_and_mul.launch_silu_and_mul(joint))
+    yield from record(silu_and_mul, name, lambda: silu_and_mul.launch_silu_and_mul(joint, arch=arch))
+
+
+def _of_products(model: ModelShape, dtype: torch.dtype, arch: str, name: str) -> Iterator[Specialization]:
+    """On every architecture, also where the library is taken."""
+    heads, kv_heads = (number * model.head_dim for number in (model.num_heads, model.num_kv_heads))
+    weights = {  # rows and their length
+        "qkv": (heads + 2 * kv_heads, model.hidden_size),
+        "o": (model.hidden_size, heads),
+        "gate-up": (2 * model.intermediate_size, model.hidden_size),
+        "down": (model.hidden_size, model.intermediate_size),
+        "head": (model.vocab_size, model.hidden_size),
+    }
+    for what, shape in weights.items():
+        x, weight = empty(1, shape[1], dtype=dtype), empty(*shape, dtype=dtype)
+        yield from record(linear, f"{name}-{what}", partial(linear.launch_linear, x, weight, arch=arch))
 
 
 def _of_cache(
@@ -192,7 +212,7 @@ def _of_cache(
     positions, store_index = rows.positions, rows.store_index
     yield from record(
         rotary, name, lambda: rotary.launch_rotary_and_store(
-            qkv, cache, angles, angles, positions, store_index, *heads, scale, scale
+            qkv, cache, angles, angles, positions, store_index, *heads, scale, scale, arch=arch
         )
     )  # fmt: skip
     yield from record(
@@ -202,7 +222,9 @@ def _of_cache(
     )  # fmt: skip
     for num_rows in NUM_ROWS:
         steps = _rows(model, num_rows, arch)
-        yield from record(paged_attention, f"{name}-{num_rows}", partial(paged_attention.launch_plan_attention, steps))
+        yield from record(
+            paged_attention, f"{name}-{num_rows}", partial(paged_attention.launch_plan_attention, steps, arch=arch)
+        )
 
 
 def _qkv(model: ModelShape, dtype: torch.dtype) -> Tensor:
@@ -281,7 +303,9 @@ class _Recorder:
         self._path, self._kernel, self._name, self._made = path, kernel, name, made
 
     def __getitem__(self, grid: object) -> Callable[..., None]:
-        def launch(*args: Any, num_warps: int = 4, num_stages: int = 2, **kwargs: Any) -> None:
+        def launch(
+            *args: Any, num_warps: int = 4, num_stages: int = 2, launch_pdl: bool = False, **kwargs: Any
+        ) -> None:
             arguments = bind(self._kernel, args, kwargs)
             self._made.append(specialize(self._kernel, arguments, num_warps, num_stages, self._path, self._name))
 

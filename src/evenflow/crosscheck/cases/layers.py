@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 
-from evenflow.crosscheck.cases.case import EIGHT_BITS, FLOATS, Case, cache_types, normal
+from evenflow.crosscheck.cases.case import EIGHT_BITS, FLOATS, SIXTEEN_BITS, Case, cache_types, normal
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
 BLOCK_SIZE, NUM_BLOCKS, MAX_POSITION = 4, 5, 32
 POSITIONS = (0, 5, 31, 2, 17)
 STORE_INDEX = (3, -1, 19, 8, 0)  # into blocks 0 to 4; -1 is padding
 NORM, ROTARY = "evenflow.kernels.rms_norm", "evenflow.kernels.rotary"
+LINEAR = "evenflow.kernels.linear"
 
 
 def _norm_rows(dtype: torch.dtype, num_rows: int, size: int) -> tuple[Any, ...]:
@@ -29,6 +30,10 @@ def _add_norm(dtype: torch.dtype) -> tuple[Any, ...]:
     return x, residual, 1 + 0.1 * normal(256, dtype=dtype, seed=2), 1e-5
 
 
+def _product(dtype: torch.dtype, num_outs: int, size: int) -> tuple[Any, ...]:
+    return normal(1, size, dtype=dtype), normal(num_outs, size, dtype=dtype, seed=1)
+
+
 def _rotary(
     dtype: torch.dtype, size: int, num_heads: int = 3, num_kv_heads: int = 2, scales: tuple[tuple[float, ...], ...] = ()
 ) -> tuple[Any, ...]:
@@ -44,6 +49,10 @@ def _rotary(
 
 
 CASES = (
+    *(
+        Case(LINEAR, "linear", f"{n} x {size}", partial(_product, num_outs=n, size=size), SIXTEEN_BITS)
+        for n, size in ((4, 4096), (6, 3072), (4, 512), (8, 1192))
+    ),
     Case(NORM, "rms_norm", "3 rows of 256", partial(_norm_rows, num_rows=3, size=256)),
     Case(NORM, "rms_norm", "2 rows of 200", partial(_norm_rows, num_rows=2, size=200)),
     Case(NORM, "rms_norm", "4 heads of 128, strided", _norm_heads),
