@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evenflow.kernels.linear import linear
 from evenflow.layers.loading import Placement, Slot
 
 
@@ -32,7 +33,7 @@ class Embedding(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden] -> [R, vocab], in the weight's type, the same on every rank."""
-        logits = self.tp.all_gather(F.linear(hidden, self.weight))
+        logits = self.tp.all_gather(linear(hidden, self.weight))
         return logits if logits.shape[-1] == self.vocab_size else logits[:, : self.vocab_size].contiguous()
 
     def slots(self) -> Iterator[tuple[str, Slot]]:

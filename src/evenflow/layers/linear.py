@@ -6,10 +6,12 @@ RMSNorm.add_and_norm, which follows every one of them, adds the shares.
 
 from collections.abc import Iterator
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evenflow.distributed import TensorParallel
+from evenflow.kernels.language import arch_of
+from evenflow.kernels.linear import linear
+from evenflow.kernels.tuning import adding_product_rows
 from evenflow.layers.loading import Placement, Slot
 
 
@@ -37,7 +39,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = place.empty(out_features) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def slots(self) -> Iterator[tuple[str, Slot]]:
         sizes = list(self.parts.values())
@@ -51,7 +53,8 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """Every rank has a slice of the input. forward: [T, our inputs] -> our share of the sum, [T, out_features].
 
-    The bias is in the share of rank 0.
+    The bias is in the share of rank 0. Given the residual, [T, out_features], the product may be added to it in place,
+    and is None then: that saves a pass over both, where one rank has the whole sum and there are many tokens.
     """
 
     def __init__(self, name: str, in_features: int, out_features: int, bias: bool, place: Placement) -> None:
@@ -61,8 +64,11 @@ class RowParallelLinear(nn.Module):
         self.weight = place.empty(out_features, self.in_features)
         self.bias = place.empty(out_features) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias if self.tp.rank == 0 else None)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
+        if residual is not None and self.tp.size == 1 and self.bias is None and x.shape[0] >= adding_product_rows(arch_of(x)):
+            residual.addmm_(x, self.weight.t())
+            return None
+        return linear(x, self.weight, self.bias if self.tp.rank == 0 else None)
 
     def slots(self) -> Iterator[tuple[str, Slot]]:
         out_features = self.weight.shape[0]
