@@ -11,6 +11,7 @@ from planted_bug import planted
 from evenflow.kernels import (
     draw,
     filter,
+    linear,
     logprobs,
     masks,
     paged_attention,
@@ -59,6 +60,7 @@ PLANTED = {  # kernel: its module, code, bug
     "rms_norm": (rms_norm, "axis=1) / D", "axis=1) / x.shape[1]"),
     "add_rms_norm": (rms_norm, "sum_ptr + outs, total", "sum_ptr + outs, residual"),
     "silu_and_mul": (silu_and_mul, "tl.exp(-gate32)", "tl.exp(-gate32 * 1.03)"),
+    "linear": (linear, "tl.sum(sums,", "tl.sum(1.03 * sums,"),
     "rotary_and_store": (rotary, "* S + index % S", "* S + (index + 1) % S"),
     "paged_attention": (paged_attention, "sums * weights[:, None]", "sums"),
     "expand_rows": (step_inputs, ".bit_length()", ".bit_length() - 3"),
