@@ -1,0 +1,69 @@
+"""Our product of one row on a real GPU, and kernels whose programs start before the kernel before them has ended."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import assert_accurate, normal
+
+from evenflow.kernels.linear import is_own_product, launch_linear, linear
+from evenflow.kernels.rms_norm import launch_add_rms_norm
+from evenflow.kernels.silu_and_mul import launch_silu_and_mul
+
+DTYPES = (torch.bfloat16, torch.float16)
+# Outputs and inputs: of LLaMA 2 7B and 13B, Llama 3 8B and Qwen2.5 0.5B.
+SHAPES = [
+    (12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (32000, 4096), (5120, 5120), (5120, 13824),
+    (4096, 14336), (128256, 4096), (896, 896), (896, 4864),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_one_row_against_float64(gpu, shape, dtype):
+    num_outs, size = shape
+    x, weight = normal(1, size, dtype=dtype).to(gpu), (0.02 * normal(num_outs, size, seed=1)).to(dtype).to(gpu)
+    torch.cuda.synchronize()
+    exact = torch.cat([x.double() @ part.double().T for part in weight.split(8192)], dim=1)
+    eager = F.linear(x, weight)
+    assert_accurate(launch_linear(x, weight), eager, exact)
+    found = linear(x, weight)
+    assert_accurate(found, eager, exact)
+    assert is_own_product(x, weight) or torch.equal(found, eager)
+
+
+def layers(x: torch.Tensor, weights: list[tuple[torch.Tensor, ...]], is_apart: bool) -> torch.Tensor:
+    """is_apart: each kernel ends before the next is launched."""
+    wait = torch.cuda.synchronize if is_apart else lambda: None
+    residual = torch.zeros_like(x)
+    for norm, gate_up, down in weights:
+        x, residual = launch_add_rms_norm(x, residual, norm, 1e-5)
+        wait()
+        x = launch_linear(x, gate_up)
+        wait()
+        x = launch_silu_and_mul(x)
+        wait()
+        x = launch_linear(x, down)
+        wait()
+    return x + residual
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_kernels_that_start_early_change_nothing(gpu, num_rows):
+    """Small ones, whose programs all start at once; memory is used again and again, in a graph as well."""
+    sizes = ((512,), (2 * 1536, 512), (512, 1536))
+    weights = [
+        tuple((0.05 * normal(*size, seed=3 * layer + i)).to(torch.bfloat16).to(gpu) for i, size in enumerate(sizes))
+        for layer in range(24)
+    ]
+    x = normal(num_rows, 512, dtype=torch.bfloat16).to(gpu)
+    expected = layers(x, weights, is_apart=True)
+    for _ in range(50):
+        found = layers(x, weights, is_apart=False)
+    assert torch.equal(found, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = layers(x, weights, is_apart=False)
+    for _ in range(50):
+        found.zero_()
+        graph.replay()
+        assert torch.equal(found, expected)
