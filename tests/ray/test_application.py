@@ -9,6 +9,7 @@ import httpx
 import pytest
 import ray
 from ray import serve
+from ray.llm._internal.serve.routing_policies.prefix_aware.prefix_tree import PrefixTreeActor
 
 from evenflow.config import EngineConfig
 from evenflow.ray import app
@@ -17,6 +18,7 @@ from evenflow.ray.config import ReplicaConfig
 from evenflow.server.config import ServerConfig
 
 DEADLINE_S = 120
+ARGS = {"model": "demo", "device": "cpu", "replicas": 1, "cpus_per_replica": 0.5, "max_num_seqs": 32}
 
 
 def options(device="cpu", is_prefix_aware=False, ranks=1, **replicas):
@@ -67,8 +69,7 @@ def url():
 
 def test_an_update_loses_no_request(url):
     """Requests go on while another version takes over: all are answered, in the end by the new one."""
-    args = {"model": "demo", "device": "cpu", "replicas": 1, "cpus_per_replica": 0.5, "max_num_seqs": 32}
-    serve.run(app(args), name="evenflow")
+    serve.run(app(ARGS), name="evenflow")
     is_over = threading.Event()
     under_way = threading.Semaphore(0)
 
@@ -87,10 +88,24 @@ def test_an_update_loses_no_request(url):
         at_end.callback(is_over.set)
         asked = [threads.submit(ask) for _ in range(2)]
         assert under_way.acquire(timeout=DEADLINE_S)
-        serve.run(app(args | {"served_model_name": "renamed"}), name="evenflow")
+        serve.run(app(ARGS | {"served_model_name": "renamed"}), name="evenflow")
         is_over.set()
         answers = [answer for future in asked for answer in future.result(DEADLINE_S)]
     assert {status for status, _ in answers} == {200}
     assert len({answer["choices"][0]["text"] for _, answer in answers}) == 1
     assert {answer["model"] for _, answer in answers} >= {"demo"}
     assert httpx.get(f"{url}/v1/models", timeout=DEADLINE_S).json()["data"][0]["id"] == "renamed"
+
+
+def test_a_replica_of_the_past_is_not_chosen(url):
+    """Ray's memory of prompts outlives a router that has been replaced, and so do replicas in it that have left since.
+
+    A prompt like none before goes to the replica with the fewest, which would be that one.
+    """
+    place = {"name": "LlmPrefixTreeActor", "namespace": "serve::evenflow::Engine"}
+    tree = PrefixTreeActor.options(num_cpus=0, get_if_exists=True, **place).remote()
+    ray.get(tree.add_tenants.remote(["SERVE_REPLICA::evenflow#Engine#departed"], 0.0))
+    serve.run(app(ARGS | {"served_model_name": "renamed"}), name="evenflow")
+    for start in "ABCD":
+        body = {"prompt": f"{start} prompt like none before", "max_tokens": 1}
+        assert httpx.post(f"{url}/v1/completions", json=body, timeout=DEADLINE_S).status_code == 200

@@ -16,8 +16,8 @@ from evenflow.server.config import ServerConfig
 
 logger = logging.getLogger("evenflow")
 
-# Ray's own. Its public name, ray.serve.llm.request_router, cannot be imported without vLLM or SGLang.
-PREFIX_ROUTER = "ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router.PrefixCacheAffinityRouter"
+# Over Ray's own, whose public name, ray.serve.llm.request_router, cannot be imported without vLLM or SGLang.
+PREFIX_ROUTER = "evenflow.ray.routing.PrefixRouter"
 PREFIX_ROUTER_OPTIONS = {
     "imbalanced_threshold": 16,  # requests between the fullest and the emptiest replica: beyond, balance comes first
     "do_eviction": True,  # of the router's memory of prompts, which has no limit otherwise
@@ -88,7 +88,17 @@ def deployment_options(
 
 
 def cluster_has_gpus() -> bool:
-    return bool(ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0)
+    """Raises ValueError if there is no cluster to ask."""
+    if ray.is_initialized():
+        return bool(ray.cluster_resources().get("GPU", 0) > 0)
+    try:
+        ray.init(address="auto", configure_logging=False, log_to_driver=False)  # `serve run` connects after this
+    except ConnectionError:
+        raise ValueError("no Ray runs here that could be asked for GPUs; start it, or say device=cpu") from None
+    try:
+        return cluster_has_gpus()
+    finally:
+        ray.shutdown()
 
 
 def has_prefix_router() -> bool:
