@@ -45,7 +45,7 @@ IN_SOURCE = {
     "a piece beyond the row": Bug(
         "linear/8 x 1192, bfloat16", "mask=cols < K - start", "mask=cols < BLOCK_K", "OutOfBounds"
     ),
-    "the first piece twice": Bug("linear/4 x 4096, bfloat16", "weight = next_weight", "weight += next_weight", WRONG),
+    "the first piece twice": Bug("linear/6 x 3072, bfloat16", "weight = next_weight", "weight += next_weight", WRONG),
     "bits the wrong way round": Bug("apply_masks_/4 rows of 5001, float32", "& 1) == 0", "& 1) != 0", WRONG),
     "wrong stride of a row": Bug("rms_norm/4 heads of 128, strided, bfloat16", "* token_stride +", "* D +", WRONG),
     "wrong stride in a page": Bug(

@@ -9,8 +9,8 @@ from evenflow.kernels.tuning import PRODUCT_TILES, own_product_rows, product_til
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # tokens, outputs, inputs: one piece and several of each tile, rows that end within a piece, and shorter than one
 SHAPES = [
-    (1, 2, 2048), (1, 6, 4096), (1, 4, 1024), (1, 2, 3072), (1, 4, 512), (1, 8, 1536), (1, 4, 1192), (1, 12, 520),
-    (1, 4, 504), (1, 8, 8), (3, 8, 1192), (2, 4, 2048),
+    (1, 8, 2048), (1, 6, 4096), (1, 2, 8192), (1, 4, 1024), (1, 2, 3072), (1, 4, 512), (1, 8, 1536), (1, 4, 1192),
+    (1, 12, 520), (1, 4, 504), (1, 8, 8), (3, 8, 1192), (2, 8, 2048),
 ]  # fmt: skip
 
 
@@ -27,7 +27,7 @@ def test_rows_of_any_length(shape, dtype):
 
 def test_sums_are_in_float32():
     """In float16, 4096 + 1 is 4096."""
-    x, weight = torch.ones(1, 6144, dtype=torch.float16), torch.ones(2, 6144, dtype=torch.float16)
+    x, weight = torch.ones(1, 6144, dtype=torch.float16), torch.ones(8, 6144, dtype=torch.float16)
     weight[:, :2048], weight[:, 4096:] = 4096, -4096
     check(x, weight)
 
@@ -78,7 +78,7 @@ def test_the_rest_is_the_library_s():
     assert torch.equal(linear(x, weight), F.linear(x, weight))
 
 
-@pytest.mark.parametrize(("size", "block_k"), [(4096, 2048), (14336, 2048), (5120, 1024), (11008, 512), (896, 512)])
+@pytest.mark.parametrize(("size", "block_k"), [(8192, 4096), (14336, 1024), (5120, 1024), (11008, 512), (896, 512)])
 def test_the_longest_piece_that_divides_a_row(size, block_k):
     assert product_tile(size).block_k == block_k
     assert all(tile.block_n * tile.block_k % (32 * 8 * tile.num_warps) == 0 for tile in PRODUCT_TILES.values())

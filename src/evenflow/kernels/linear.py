@@ -48,22 +48,26 @@ def _linear_kernel(
     cols = tl.arange(0, BLOCK_K)
     weight_ptrs = weight_ptr + outs.to(tl.int64)[:, None] * K + cols[None, :]
     x_ptrs = x_ptr + token * K + cols
-    LAST: tl.constexpr = (K - 1) // BLOCK_K * BLOCK_K
+    LAST: tl.constexpr = (K - 1) // BLOCK_K * BLOCK_K  # where the last piece begins, which may be ragged
     weight = _piece(weight_ptrs, 0, cols[None, :], K, BLOCK_K)
     wait_for_previous(PDL)
     sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for start in range(0, LAST, BLOCK_K):
-        next_weight = _piece(weight_ptrs, start + BLOCK_K, cols[None, :], K, BLOCK_K)
+    for start in range(0, LAST - BLOCK_K, BLOCK_K):
+        next_weight = tl.load(weight_ptrs + (start + BLOCK_K))
         sums += weight.to(tl.float32) * tl.load(x_ptrs + start).to(tl.float32)[None, :]
+        weight = next_weight
+    if LAST > 0:
+        next_weight = _piece(weight_ptrs, LAST, cols[None, :], K, BLOCK_K)
+        sums += weight.to(tl.float32) * tl.load(x_ptrs + (LAST - BLOCK_K)).to(tl.float32)[None, :]
         weight = next_weight
     sums += weight.to(tl.float32) * _piece(x_ptrs, LAST, cols, K, BLOCK_K).to(tl.float32)[None, :]
     tl.store(out_ptr + token * out_stride + outs, tl.sum(sums, axis=1).to(out_ptr.dtype.element_ty))
 
 
 @jit
-def _piece(ptrs, start, cols, K: tl.constexpr, BLOCK_K: tl.constexpr):
+def _piece(ptrs, start: tl.constexpr, cols, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """Columns [start, start + BLOCK_K) of rows of K, 0 beyond."""
-    if K % BLOCK_K == 0:
+    if start + BLOCK_K <= K:
         piece = tl.load(ptrs + start)
     else:
         piece = tl.load(ptrs + start, mask=cols < K - start, other=0.0)

@@ -51,7 +51,7 @@ def _rotary(
 CASES = (
     *(
         Case(LINEAR, "linear", f"{n} x {size}", partial(_product, num_outs=n, size=size), SIXTEEN_BITS)
-        for n, size in ((4, 4096), (6, 3072), (4, 512), (8, 1192))
+        for n, size in ((4, 4096), (8, 2048), (6, 3072), (4, 512), (8, 1192))
     ),
     Case(NORM, "rms_norm", "3 rows of 256", partial(_norm_rows, num_rows=3, size=256)),
     Case(NORM, "rms_norm", "2 rows of 200", partial(_norm_rows, num_rows=2, size=200)),
