@@ -71,6 +71,21 @@ def test_logits_equal_transformers(case, chunk):
         torch.testing.assert_close(logits, case.logits(token_ids), rtol=0, atol=TOLERANCE)
 
 
+def test_products_added_to_the_residual_give_the_same_logits(case, monkeypatch):
+    """As a GPU does it with many tokens: in the first steps here, and no more in the last, which have few."""
+    added = []
+    addmm_ = torch.Tensor.addmm_
+    monkeypatch.setattr("evenflow.layers.linear.adding_product_rows", lambda arch: 20)
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda *args: added.append(1) or addmm_(*args))
+    rng = np.random.default_rng(1)
+    sequences = [rng.integers(0, VOCAB, length).tolist() for length in LENGTHS]
+    for token_ids, logits in zip(sequences, model_logits(case.directory, sequences, 7), strict=True):
+        torch.testing.assert_close(logits, case.logits(token_ids), rtol=0, atol=TOLERANCE)
+    config = json.loads((case.directory / "config.json").read_text())
+    has_bias = config.get("attention_bias") and config["model_type"] == "llama"
+    assert added or has_bias
+
+
 def test_the_cases_differ(tmp_path):
     """What a case is about changes the logits by far more than the tolerance; else the comparison shows nothing."""
     token_ids = np.random.default_rng(1).integers(0, VOCAB, 100).tolist()

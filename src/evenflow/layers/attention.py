@@ -27,7 +27,7 @@ class LayerBatch:
 
 
 class SelfAttention(nn.Module):
-    """[T, hidden] -> our share of [T, hidden].
+    """[T, hidden] -> our share of [T, hidden], or None where it was added to the residual, see RowParallelLinear.
 
     kv_cache: this layer's [num_blocks, 2, Hkv, block_size, head_dim], written first. H and Hkv are this rank's heads; a
     key head that several ranks need is held by each of them. k_scale, v_scale: [1] float32, what the keys and values of
@@ -65,7 +65,9 @@ class SelfAttention(nn.Module):
         for name in ("k_scale", "v_scale"):
             self.register_buffer(name, torch.ones(1, dtype=torch.float32, device=place.device), persistent=False)
 
-    def forward(self, x: Tensor, batch: LayerBatch, kv_cache: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, batch: LayerBatch, kv_cache: Tensor, residual: Tensor | None = None
+    ) -> Tensor | None:
         H, Hkv = self.num_heads, self.num_kv_heads
         qkv = self.qkv_proj(x).view(-1, H + 2 * Hkv, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
@@ -80,7 +82,8 @@ class SelfAttention(nn.Module):
             scales = (self.k_scale, self.v_scale) if kv_cache.dtype.itemsize == 1 else (None, None)
             rotary_and_store(qkv, kv_cache, batch.cos, batch.sin, rows.positions, rows.store_index, H, Hkv, *scales)
             out = device_attention(qkv[:, :H], kv_cache, rows, self.scale, self.window, None, *scales)
-        return self.o_proj(out.reshape(-1, H * self.head_dim))
+        share: Tensor | None = self.o_proj(out.reshape(-1, H * self.head_dim), residual)
+        return share
 
 
 def cache_scales(model: nn.Module) -> dict[str, Tensor]:

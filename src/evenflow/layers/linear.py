@@ -65,7 +65,8 @@ class RowParallelLinear(nn.Module):
         self.bias = place.empty(out_features) if bias else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
-        if residual is not None and self.tp.size == 1 and self.bias is None and x.shape[0] >= adding_product_rows(arch_of(x)):
+        is_whole = self.tp.size == 1 and self.bias is None
+        if residual is not None and is_whole and x.shape[0] >= adding_product_rows(arch_of(x)):
             residual.addmm_(x, self.weight.t())
             return None
         return linear(x, self.weight, self.bias if self.tp.rank == 0 else None)

@@ -8,7 +8,10 @@ from evenflow.layers.loading import Placement
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)); gate and up are one product. [T, hidden] -> our share of [T, hidden]."""
+    """down(silu(gate(x)) * up(x)); gate and up are one product. [T, hidden] -> our share of [T, hidden].
+
+    Or None, where it was added to the residual, see RowParallelLinear.
+    """
 
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, place: Placement) -> None:
         super().__init__()
@@ -16,5 +19,6 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = ColumnParallelLinear(hidden_size, parts, bias, place)
         self.down_proj = RowParallelLinear("down_proj", intermediate_size, hidden_size, bias, place)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
+        share: Tensor | None = self.down_proj(silu_and_mul(self.gate_up_proj(x)), residual)
+        return share

@@ -16,6 +16,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
-    def add_and_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm(s), s) with s = residual + the sum over the ranks of x, which is this rank's share of it. [T, size]."""
+    def add_and_norm(self, x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm(s), s) with s = residual + the sum over the ranks of x, which is this rank's share of it. [T, size].
+
+        x is None where it has been added already.
+        """
+        if x is None:
+            return self(residual), residual
         return self.tp.reduce_add_rms_norm(x, residual, self.weight, self.eps)

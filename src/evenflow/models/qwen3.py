@@ -29,10 +29,13 @@ class Qwen3Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, place)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, place)
 
-    def forward(self, x: Tensor, residual: Tensor, batch: LayerBatch, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor | None, residual: Tensor, batch: LayerBatch, kv_cache: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
         x, residual = self.input_layernorm.add_and_norm(x, residual)
-        x, residual = self.post_attention_layernorm.add_and_norm(self.self_attn(x, batch, kv_cache), residual)
-        return self.mlp(x), residual
+        x = self.self_attn(x, batch, kv_cache, residual)
+        x, residual = self.post_attention_layernorm.add_and_norm(x, residual)
+        return self.mlp(x, residual), residual
 
 
 class Qwen3Model(nn.Module):
