@@ -10,7 +10,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # tokens, outputs, inputs: one piece and several of each tile, rows that end within a piece, and shorter than one
 SHAPES = [
     (1, 8, 2048), (1, 6, 4096), (1, 2, 8192), (1, 4, 1024), (1, 2, 3072), (1, 4, 512), (1, 8, 1536), (1, 4, 1192),
-    (1, 12, 520), (1, 4, 504), (1, 8, 8), (3, 8, 1192), (2, 8, 2048),
+    (1, 12, 520), (1, 4, 504), (1, 8, 8), (3, 8, 1192), (3, 8, 1704), (2, 8, 2048),
 ]  # fmt: skip
 
 

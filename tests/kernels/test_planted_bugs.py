@@ -91,7 +91,7 @@ plant(
     last_columns_missing=("mask = cols < D", "mask = cols < D - 1"),
 )  # fmt: skip
 plant(
-    linear, test_linear, lambda _: test_linear.test_rows_of_any_length((3, 8, 1192), F16),
+    linear, test_linear, lambda _: test_linear.test_rows_of_any_length((3, 8, 1704), F16),
     last_piece_missing=("sums += weight.to(tl.float32) * _piece(x_ptrs, LAST", "sums += 0.0 * _piece(x_ptrs, LAST"),
     first_piece_again=("weight = next_weight", "weight = weight"),
     x_of_the_first_piece=("tl.load(x_ptrs + start)", "tl.load(x_ptrs)"),
