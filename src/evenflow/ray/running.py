@@ -42,6 +42,12 @@ def serve_replicas(engine: EngineConfig, server: ServerConfig, config: ReplicaCo
 
     stopping = threading.Event()
     join_or_start(config)
+    if serve.status().proxies:  # their address is set, and what else they serve would end with us
+        ray.shutdown()
+        raise ValueError(
+            "Ray Serve runs on this cluster already; deploy with 'serve run --non-blocking --name evenflow "
+            "evenflow.ray:app model=...', or set RAY_ADDRESS=local for a Ray of its own"
+        )
     for number in (signal.SIGTERM, signal.SIGINT):  # Ray has set its own
         signal.signal(number, lambda *_: stopping.set())
     try:
