@@ -31,9 +31,9 @@ from evenflow.kernels.tuning import (
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def run(inputs: Inputs, **tiles: Tile) -> torch.Tensor:
+def run(inputs: Inputs, **options: Tile | bool) -> torch.Tensor:
     launch_plan_attention(inputs.rows)
-    return launch_paged_attention(*inputs.arguments, **tiles)
+    return launch_paged_attention(*inputs.arguments, **options)
 
 
 def check(inputs: Inputs, found: torch.Tensor) -> None:
@@ -56,6 +56,22 @@ def test_every_kind_of_row(name, dtype):
 def test_caches_of_8_bits(name, dtype):
     inputs = make_inputs(FP8_CASES[name], dtype)
     check(inputs, run(inputs))
+
+
+@pytest.mark.parametrize("name", [*CASES, *FP8_CASES])
+def test_the_last_piece_adds_all_of_them_up(name):
+    inputs = make_inputs({**CASES, **FP8_CASES}[name], torch.float16)
+    check(inputs, run(inputs, merges=True))
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4, 12])
+@pytest.mark.parametrize("length", [33, 333, 1111])
+def test_the_last_of_any_number_of_pieces(num_kv_heads, length):
+    """Of a group of 12, 6, 3 and 1 heads, and of up to 70 pieces: more than are read at a time."""
+    case = Case(rows=((1, length), (1, 1), (1, 60)), num_heads=12, num_kv_heads=num_kv_heads, split=(80, 16))
+    inputs = make_inputs(case, torch.float16)
+    check(inputs, run(inputs, merges=True))
+    assert inputs.rows.plan.counts[1] == 2
 
 
 @pytest.mark.parametrize("cache_dtype", DTYPES, ids=str)
@@ -114,8 +130,10 @@ def test_the_plan_covers_every_key_once(seed):
     assert num_items <= num_rows + target
     assert num_splits <= len(plan.splits)
     pieces: dict[int, list[list[int]]] = {}
+    of_rows: dict[int, set[tuple[int, int]]] = {}
     for item in plan.items[:num_items].tolist():
         pieces.setdefault(item[0], []).append(item[1:6])
+        of_rows.setdefault(item[0], set()).add(tuple(item[6:8]))
     starts, slots = rows.query_starts.tolist(), rows.slots.tolist()
     expected = {starts[r]: (slots[r], keys) for r, (q, keys) in enumerate(shapes) if q == 1}
     assert pieces.keys() == expected.keys()
@@ -132,6 +150,7 @@ def test_the_plan_covers_every_key_once(seed):
             assert token not in splits
         else:
             assert splits[token] == (next_partial, len(parts))
+            assert of_rows[token] == {splits[token]}
             assert indices == list(range(next_partial, next_partial + len(parts)))
             next_partial += len(parts)
     assert next_partial <= len(plan.partials)
@@ -169,13 +188,15 @@ def test_a_plan_of_many_rows():
     assert num_items - 1099 == plan.splits[0, 2] == round(3000 / chunk)
 
 
+@pytest.mark.parametrize("merges", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_plan_is_used_again(dtype):
+def test_a_plan_is_used_again(dtype, merges):
     """Nothing of a step is left to the next: fewer rows, then more pieces, in the memory of the same plan."""
     plan = make_plan(8, 4, 2, 64, "cpu", target_items=6, granule=16)
     for seed, rows in enumerate([((1, 300), (1, 20)), ((1, 5),), ((1, 90), (3, 9), (1, 150), (1, 1))]):
         inputs = make_inputs(Case(rows=rows), dtype, seed=seed, plan=plan)
-        check(inputs, run(inputs))
+        for _ in range(2):
+            check(inputs, run(inputs, merges=merges))
 
 
 def test_no_token():
@@ -259,12 +280,36 @@ PLANTED = {  # what: (case that sees it, code, code with the bug)
 }
 
 
-@pytest.mark.parametrize("what", PLANTED)
+PLANTED_IN_MERGE = {  # of the last piece
+    "pieces are not rescaled": (LONG_ROW, "acc = acc * rescale[:, None] + tl.sum(piece_acc", "acc = acc + tl.sum(piece_acc"),
+    "pieces are not weighed": (LONG_ROW, "piece_acc * weights[:, :, None]", "piece_acc"),
+    "the first piece is left out": (LONG_ROW, "piece = start + sums // BLOCK_G", "piece = start + 1 + sums // BLOCK_G"),
+    "the last but one adds up": (LONG_ROW, "== num_pieces - 1", "== num_pieces - 2"),
+    "heads of another group": ("mixed", "piece * (H_KV * G) + kv_head * G", "piece * (H_KV * G)"),
+    "values are not scaled": (HEAD_SCALES, "value_scale / total)[:, None]).to(out_ptr.dtype.element_ty)\n    is_real",
+                              "1.0 / total)[:, None]).to(out_ptr.dtype.element_ty)\n    is_real"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", [*PLANTED, *PLANTED_IN_MERGE])
 def test_planted_bugs_are_seen(what, tmp_path):
-    name, code, bug = PLANTED[what]
+    name, code, bug = {**PLANTED, **PLANTED_IN_MERGE}[what]
     inputs = make_inputs({**CASES, **FP8_CASES}[name], torch.float16)
+    inputs.rows.plan.partials.zero_()
+    inputs.rows.plan.stats.zero_()
     with planted(module, code, bug, tmp_path) as copy:
         copy.launch_plan_attention(inputs.rows)
-        found = copy.launch_paged_attention(*inputs.arguments)
+        found = copy.launch_paged_attention(*inputs.arguments, merges=what in PLANTED_IN_MERGE)
+    with pytest.raises(AssertionError):
+        check(inputs, found)
+
+
+def test_a_count_that_is_left_is_seen(tmp_path):
+    inputs = make_inputs(CASES[LONG_ROW], torch.float16)
+    with planted(module, "tl.store(row_arrived_ptr, 0)", "pass", tmp_path) as copy:
+        copy.launch_plan_attention(inputs.rows)
+        copy.launch_paged_attention(*inputs.arguments, merges=True)
+        assert inputs.rows.plan.arrived.any()
+        found = copy.launch_paged_attention(*inputs.arguments, merges=True)
     with pytest.raises(AssertionError):
         check(inputs, found)

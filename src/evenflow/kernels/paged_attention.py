@@ -11,7 +11,8 @@ queries of the G heads that share a key head are the rows of one tile, so keys a
 
 Rows of one query (decode) are cut into pieces of like length (Flash-Decoding, 2023): `plan_attention` writes the list
 of pieces once a step, on the device, since only the device knows the lengths when a graph is replayed. A row of one
-piece is written at once; several leave float32 sums that `_merge_pieces_kernel` adds up. Rows of more queries (prompts)
+piece is written at once; several leave float32 sums, which the program that comes last adds up, or, where that was not
+tried, `_merge_pieces_kernel` (tuning.MERGING_DECODE). Rows of more queries (prompts)
 are listed too, and cut by query: as many programs as the device holds share the blocks, each finding its prompt by
 binary search. Grids depend on upper bounds only; surplus programs of decode rows return at once.
 
@@ -38,14 +39,17 @@ from evenflow.kernels.language import (
     tl,
     wait_for_previous,
 )
-from evenflow.kernels.tuning import Tile, decode_tile, prefill_tile, split_of
+from evenflow.kernels.tuning import Tile, decode_tile, merges_in_decode, prefill_tile, split_of
 
 DEFAULT_MULTIPROCESSORS = 108
-ITEM_FIELDS = 8  # 32 bytes, so that a program reads its item by one access: token, slot, first, last, seq_len, partial
+# 32 bytes, so that a program reads its item by one access: token, slot, first, last, seq_len, partial, and of its row
+# the first partial and the number of them.
+ITEM_FIELDS = 8
 SPLIT_FIELDS = 4  # token, first partial, number of partials
 PROMPT_FIELDS = 8  # prompt queries before it, first token, queries, keys, slot
 LOG2_E = math.log2(math.e)
 MERGED_PIECES = 16  # partial sums that are read at a time
+MERGED_SUMS = 32  # times heads, by the program that comes last
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +57,12 @@ class AttentionPlan:
     """What a step's rows are cut into. Memory is allocated once; plan_attention fills it.
 
     items: [max_items, 8] int32, a piece each: query token, row of the block tables, first key, end of keys, keys of
-    the row, index of its partial sums (-1: it is its row's only piece). splits: [max_splits, 4] int32, a row of
+    the row, index of its partial sums (-1: it is its row's only piece), the first one of its row, their number. splits: [max_splits, 4] int32, a row of
     several pieces each: query token, first partial, number of partials. prompts: [max_rows, 8] int32, a row of several
     queries each: queries of the prompts before it, first query token, queries, keys, row of the block tables. counts:
     [4] int32, items, splits and prompts in use, and the queries of all prompts. partials: [max_partials, H, D] float32,
-    and stats: [max_partials, H, 2] float32, maximum and sum of the weights. target_items: pieces aimed at. granule:
+    and stats: [max_partials, H, 2] float32, maximum and sum of the weights. arrived: [max_partials, Hkv] int32, zeros
+    between launches, how many pieces of the row whose first partial it is are written. target_items: pieces aimed at. granule:
     keys that a piece's length is a multiple of. num_programs: that share the prompts' queries, or the split rows.
     """
 
@@ -67,6 +72,7 @@ class AttentionPlan:
     counts: Tensor
     partials: Tensor
     stats: Tensor
+    arrived: Tensor
     target_items: int
     granule: int
     num_programs: int
@@ -123,6 +129,7 @@ def make_plan(
         counts=torch.zeros(4, dtype=torch.int32, device=device),
         partials=torch.empty(max_partials, num_heads, head_dim, dtype=torch.float32, device=device),
         stats=torch.empty(max_partials, num_heads, 2, dtype=torch.float32, device=device),
+        arrived=torch.zeros(max_partials, num_kv_heads, dtype=torch.int32, device=device),
         target_items=target_items,
         granule=granule or split.granule,
         num_programs=num_programs or 2 * num_resident,
@@ -247,6 +254,8 @@ def _plan_kernel(
         tl.store(item_ptrs + 3, tl.minimum((piece + 1) * piece_len, length), mask=exists)
         tl.store(item_ptrs + 4, length, mask=exists)
         tl.store(item_ptrs + 5, tl.where(is_split, first_partial + piece, -1), mask=exists)
+        tl.store(item_ptrs + 6, first_partial, mask=exists)
+        tl.store(item_ptrs + 7, pieces, mask=exists)
 
 
 @jit
@@ -294,13 +303,17 @@ def _accumulate(scores, v, best, total, acc, DTYPE: tl.constexpr):
 
 @jit
 def _decode_attention_kernel(
-    q_ptr, kv_cache_ptr, out_ptr, block_tables_ptr, items_ptr, counts_ptr, partials_ptr, stats_ptr, k_scale_ptr,
-    v_scale_ptr, scale_log2, q_stride, table_stride,
+    q_ptr, kv_cache_ptr, out_ptr, block_tables_ptr, items_ptr, counts_ptr, partials_ptr, stats_ptr, arrived_ptr,
+    k_scale_ptr, v_scale_ptr, scale_log2, q_stride, table_stride,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, WINDOW: tl.constexpr,
-    SOFT_CAP: tl.constexpr, SCALE_STRIDE: tl.constexpr, ITEM_FIELDS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    SOFT_CAP: tl.constexpr, SCALE_STRIDE: tl.constexpr, ITEM_FIELDS: tl.constexpr, MERGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (item, key head): the group's G queries of one token over the keys [first, last) of its sequence."""
+    """Program (item, key head): the group's G queries of one token over the keys [first, last) of its sequence.
+
+    MERGES: the last of a row's pieces adds all of them up, in their order, so that it does not matter which is last.
+    """
     wait_for_previous(PDL)
     kv_head = tl.program_id(1)
     if tl.program_id(0) >= tl.load(counts_ptr):
@@ -332,17 +345,70 @@ def _decode_attention_kernel(
         scores = _scores(q, k, scale_log2, SOFT_CAP)
         scores = tl.where(positions[None, :] < last, scores, float("-inf"))
         best, total, acc = _accumulate(scores, v, best, total, acc, q.dtype)
+    value_scale = 1.0
+    if v_scale_ptr is not None:
+        value_scale = tl.load(v_scale_ptr + kv_head * SCALE_STRIDE)
     if partial < 0:
-        factor = 1.0 / total
-        if v_scale_ptr is not None:
-            factor *= tl.load(v_scale_ptr + kv_head * SCALE_STRIDE)
-        out = (acc * factor[:, None]).to(out_ptr.dtype.element_ty)
+        out = (acc * (value_scale / total)[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + token * (H_KV * G * D) + heads[:, None] * D + dims[None, :], out, mask=is_real)
     else:
         index = partial * (H_KV * G) + heads
         tl.store(partials_ptr + index[:, None] * D + dims[None, :], acc, mask=is_real)
         tl.store(stats_ptr + index * 2, best, mask=group < G)
         tl.store(stats_ptr + index * 2 + 1, total, mask=group < G)
+        if MERGES:
+            first_partial = tl.load(item_ptr + 6)
+            num_pieces = tl.load(item_ptr + 7)
+            row_arrived_ptr = arrived_ptr + first_partial * H_KV + kv_head
+            tl.debug_barrier()  # what all threads wrote comes before the count
+            if tl.atomic_add(row_arrived_ptr, 1, sem="acq_rel", scope="gpu") == num_pieces - 1:
+                tl.debug_barrier()  # and nothing is read before it
+                tl.store(row_arrived_ptr, 0)
+                _merge_row(
+                    partials_ptr + first_partial * (H_KV * G * D), stats_ptr + first_partial * (H_KV * G * 2), out_ptr,
+                    token, kv_head, num_pieces, value_scale, H_KV, G, D, BLOCK_G, BLOCK_D, BLOCK_P,
+                )  # fmt: skip
+
+
+@jit
+def _merge_row(
+    partials_ptr, stats_ptr, out_ptr, token, kv_head, num_pieces, value_scale,
+    H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Add up a row's pieces for the heads of a group, and write them. Pointers: to its first piece.
+
+    A piece outside the window has total 0 and sums of 0.
+    """
+    dims = tl.arange(0, BLOCK_D)
+    group = tl.arange(0, BLOCK_G)
+    sums = tl.arange(0, BLOCK_P * BLOCK_G)
+    best = tl.full([BLOCK_G], -1e30, tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    for start in range(0, num_pieces, BLOCK_P):
+        piece = start + sums // BLOCK_G
+        exists = (piece < num_pieces) & (sums % BLOCK_G < G)
+        index = piece * (H_KV * G) + kv_head * G + sums % BLOCK_G
+        piece_best = tl.load(stats_ptr + index * 2, mask=exists, other=-1e30, cache_modifier=".cg")
+        piece_total = tl.load(stats_ptr + index * 2 + 1, mask=exists, other=0.0, cache_modifier=".cg")
+        mask = exists[:, None] & (dims < D)[None, :]
+        piece_acc = tl.load(
+            partials_ptr + index[:, None] * D + dims[None, :], mask=mask, other=0.0, cache_modifier=".cg"
+        )
+        piece_best = tl.reshape(piece_best, [BLOCK_P, BLOCK_G])
+        piece_total = tl.reshape(piece_total, [BLOCK_P, BLOCK_G])
+        piece_acc = tl.reshape(piece_acc, [BLOCK_P, BLOCK_G, BLOCK_D])
+        new_best = tl.maximum(best, tl.max(piece_best, axis=0))
+        weights = tl.exp2(piece_best - new_best[None, :])
+        rescale = tl.exp2(best - new_best)
+        total = total * rescale + tl.sum(piece_total * weights, axis=0)
+        acc = acc * rescale[:, None] + tl.sum(piece_acc * weights[:, :, None], axis=0)
+        best = new_best
+    heads = kv_head * G + group
+    out = (acc * (value_scale / total)[:, None]).to(out_ptr.dtype.element_ty)
+    is_real = (group < G)[:, None] & (dims < D)[None, :]
+    tl.store(out_ptr + token * (H_KV * G * D) + heads[:, None] * D + dims[None, :], out, mask=is_real)
 
 
 @jit
@@ -540,14 +606,17 @@ def plan_launch(num_rows: int, granule: int, arch: str) -> Launch:
 
 
 @cache
-def decode_launch(shape: AttentionShape, arch: str, tile: Tile | None = None) -> Launch:
+def decode_launch(shape: AttentionShape, arch: str, tile: Tile | None = None, *, merges: bool = False) -> Launch:
     """How _decode_attention_kernel is compiled. tile: instead of the architecture's, of which block_m is not used."""
     tile = tile or decode_tile(arch, shape.block_d, shape.query_bytes, shape.cache_bytes)
-    constexprs = _layer_constexprs(shape) | {"ITEM_FIELDS": ITEM_FIELDS}
+    constexprs = _layer_constexprs(shape) | {"ITEM_FIELDS": ITEM_FIELDS, "MERGES": merges}
+    block_g = next_power_of_2(shape.group)
     blocks = {
-        "BLOCK_M": max(next_power_of_2(shape.group), 16),
+        "BLOCK_M": max(block_g, 16),
         "BLOCK_D": shape.block_d,
         "BLOCK_N": tile.block_n,
+        "BLOCK_G": block_g,
+        "BLOCK_P": max(min(MERGED_SUMS // block_g, MERGED_PIECES), 2),
     }
     return Launch(constexprs | blocks, tile.num_warps, tile.num_stages, dependent_launch(arch))
 
@@ -616,14 +685,18 @@ def launch_paged_attention(
     arch: str | None = None,
     decode: Tile | None = None,
     prefill: Tile | None = None,
+    merges: bool | None = None,
 ) -> Tensor:
-    """The kernels of paged_attention; rows.plan was filled by launch_plan_attention. decode, prefill: tiles to try."""
+    """The kernels of paged_attention; rows.plan was filled by launch_plan_attention. decode, prefill: tiles to try.
+
+    merges: see launch_decode_attention.
+    """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.shape[0] == 0:
         return out
     arch = arch_of(q) if arch is None else arch
     options = (window, soft_cap, k_scale, v_scale)
-    launch_decode_attention(q, kv_cache, rows, out, scale, *options, arch=arch, tile=decode)
+    launch_decode_attention(q, kv_cache, rows, out, scale, *options, arch=arch, tile=decode, merges=merges)
     if rows.max_query_len > 1:
         launch_prefill_attention(q, kv_cache, rows, out, scale, *options, arch=arch, tile=prefill)
     return out
@@ -642,15 +715,20 @@ def launch_decode_attention(
     *,
     arch: str,
     tile: Tile | None = None,
+    merges: bool | None = None,
 ) -> None:
-    """Write out, [T, H, D], for the rows of one query."""
+    """Write out, [T, H, D], for the rows of one query. merges: instead of the architecture's way."""
+    merges = merges_in_decode(arch) if merges is None else merges
     shape, plan = _shape_of(q, kv_cache, window, soft_cap, k_scale, v_scale), rows.plan
     assert plan.partials.shape[1:] == q.shape[1:], "the plan was made for other heads"
     num_items = rows.seq_lens.shape[0] + plan.target_items
     _decode_attention_kernel[(num_items, shape.num_kv_heads)](
-        q, kv_cache, out, rows.block_tables, plan.items, plan.counts, plan.partials, plan.stats, k_scale, v_scale,
-        scale * LOG2_E, q.stride(0), rows.block_tables.stride(0), **decode_launch(shape, arch, tile).arguments,
+        q, kv_cache, out, rows.block_tables, plan.items, plan.counts, plan.partials, plan.stats, plan.arrived, k_scale,
+        v_scale, scale * LOG2_E, q.stride(0), rows.block_tables.stride(0),
+        **decode_launch(shape, arch, tile, merges=merges).arguments,
     )  # fmt: skip
+    if merges:
+        return
     num_splits = min(rows.seq_lens.shape[0], plan.target_items)
     _merge_pieces_kernel[(min(num_splits * shape.num_heads, plan.num_programs),)](
         plan.partials, plan.stats, plan.splits, plan.counts, v_scale, out, **merge_launch(shape, arch).arguments

@@ -88,6 +88,10 @@ SPLITS: dict[str, Split] = {
     "": Split(num_resident=4, waves=4, granule=64),
 }
 
+# Does the last piece of a decode row add all of them up? It counts on the order of memory that a device-wide acquire and
+# release give to a whole workgroup, which PTX promises; on AMD that was never run, so a kernel of its own does it there.
+MERGING_DECODE: dict[str, bool] = {"sm_": True, "": False}
+
 # Programmatic dependent launch: elsewhere its instructions do not compile.
 DEPENDENT_LAUNCH: dict[str, bool] = {"sm_9": True, "sm_1": True, "": False}
 
@@ -127,6 +131,10 @@ def prefill_tile(arch: str, block_d: int, query_bytes: int, cache_bytes: int) ->
 
 def split_of(arch: str) -> Split:
     return _by_prefix(SPLITS, arch)
+
+
+def merges_in_decode(arch: str) -> bool:
+    return _by_prefix(MERGING_DECODE, arch)
 
 
 def has_dependent_launch(arch: str) -> bool:
