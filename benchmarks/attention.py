@@ -19,13 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evenflow.kernels.attention_plan import DeviceRows, launch_plan_attention, make_plan
 from evenflow.kernels.language import current_arch, next_power_of_2
-from evenflow.kernels.paged_attention import (
-    DeviceRows,
-    launch_paged_attention,
-    launch_plan_attention,
-    make_plan,
-)
+from evenflow.kernels.paged_attention import launch_paged_attention
 from evenflow.kernels.tuning import Tile, decode_tile, prefill_tile
 
 RESULT = Path(__file__).parent / "results" / "attention.json"

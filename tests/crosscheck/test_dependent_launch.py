@@ -37,8 +37,7 @@ def test_every_kernel_waits_before_it_reads_writes_or_returns(tmp_path):
     """But for weights."""
     found = code_of("sm_90", tmp_path)
     assert found.keys() == READ_WEIGHTS_FIRST | {
-        "expand_rows", "plan", "rotary_and_store", "decode_attention", "merge_pieces", "prefill_attention",
-        "silu_and_mul",
+        "expand_rows", "plan", "rotary_and_store", "decode_attention", "prefill_attention", "silu_and_mul",
     }  # fmt: skip
     for name, code in found.items():
         assert code.count("griddepcontrol.launch_dependents") == 1, name

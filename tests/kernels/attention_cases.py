@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from evenflow.kernels.paged_attention import AttentionPlan, DeviceRows, make_plan
+from evenflow.kernels.attention_plan import AttentionPlan, DeviceRows, make_plan
 
 Row = tuple[int, int]  # queries, keys (the queries' own included)
 

@@ -7,13 +7,13 @@ from accuracy import assert_accurate
 from attention_cases import CASES, FP8_CASES, Case, Inputs, attend, make_inputs
 from planted_bug import planted
 
+from evenflow.kernels import attention_plan
 from evenflow.kernels import paged_attention as module
+from evenflow.kernels.attention_plan import launch_plan_attention, make_plan
 from evenflow.kernels.paged_attention import (
     AttentionShape,
     decode_launch,
     launch_paged_attention,
-    launch_plan_attention,
-    make_plan,
     paged_attention,
     prefill_launch,
 )
@@ -261,8 +261,6 @@ PLANTED = {  # what: (case that sees it, code, code with the bug)
     "wrong stride of a block": ("mixed", "block * (2 * H_KV * S * D)", "block * (H_KV * S * D)"),
     "wrong stride in a page": ("heads of 80", "(positions % S) * D", "(positions % S) * BLOCK_D"),
     "values of another head": ("mixed", "cache_ptr + H_KV * S * D", "cache_ptr + (H_KV - 1) * S * D"),
-    "pieces end early": (LONG_ROW, "tl.minimum((piece + 1) * piece_len, ", "tl.minimum((piece + 1) * piece_len - 1, "),
-    "rows end early": ("one token", "piece_len, length)", "piece_len, length - 1)"),
     "no rescale of values": ("mixed", "acc * rescale[:, None], input", "acc, input"),
     "no rescale of the sum": ("mixed", "total * rescale + tl.sum(weights", "total + tl.sum(weights"),
     "no rescale of pieces": (LONG_ROW, "acc = acc * rescale + tl.sum(sums", "acc = acc + tl.sum(sums"),
@@ -275,13 +273,12 @@ PLANTED = {  # what: (case that sees it, code, code with the bug)
         "= (first_position + BLOCK_Q) //",
     ),
     "queries of another row": ("prompts", "(low - 1) * PROMPT", "tl.maximum(low - 2, 0) * PROMPT"),
-    "short prompts not counted": ("prompts", "num_queries > 1", "num_queries > 16"),
     "no soft cap": ("soft cap", "if SOFT_CAP > 0:", "if SOFT_CAP > 1000:"),
 }
 
 
 PLANTED_IN_MERGE = {  # of the last piece
-    "pieces are not rescaled": (LONG_ROW, "acc = acc * rescale[:, None] + tl.sum(piece_acc", "acc = acc + tl.sum(piece_acc"),
+    "pieces are not rescaled": (LONG_ROW, "acc * rescale[:, None] + tl.sum(piece_acc", "acc + tl.sum(piece_acc"),
     "pieces are not weighed": (LONG_ROW, "piece_acc * weights[:, :, None]", "piece_acc"),
     "the first piece is left out": (LONG_ROW, "piece = start + sums // BLOCK_G", "piece = start + 1 + sums // BLOCK_G"),
     "the last but one adds up": (LONG_ROW, "== num_pieces - 1", "== num_pieces - 2"),
@@ -291,6 +288,23 @@ PLANTED_IN_MERGE = {  # of the last piece
 }  # fmt: skip
 
 
+PLANTED_IN_PLAN = {
+    "pieces end early": (LONG_ROW, "tl.minimum((piece + 1) * piece_len, ", "tl.minimum((piece + 1) * piece_len - 1, "),
+    "rows end early": ("one token", "piece_len, length)", "piece_len, length - 1)"),
+    "short prompts not counted": ("prompts", "num_queries > 1", "num_queries > 16"),
+}
+
+
+@pytest.mark.parametrize("what", PLANTED_IN_PLAN)
+def test_bugs_planted_in_the_plan_are_seen(what, tmp_path):
+    name, code, bug = PLANTED_IN_PLAN[what]
+    inputs = make_inputs(CASES[name], torch.float16)
+    with planted(attention_plan, code, bug, tmp_path) as copy:
+        copy.launch_plan_attention(inputs.rows)
+    with pytest.raises(AssertionError):
+        check(inputs, launch_paged_attention(*inputs.arguments))
+
+
 @pytest.mark.parametrize("what", [*PLANTED, *PLANTED_IN_MERGE])
 def test_planted_bugs_are_seen(what, tmp_path):
     name, code, bug = {**PLANTED, **PLANTED_IN_MERGE}[what]
@@ -298,7 +312,7 @@ def test_planted_bugs_are_seen(what, tmp_path):
     inputs.rows.plan.partials.zero_()
     inputs.rows.plan.stats.zero_()
     with planted(module, code, bug, tmp_path) as copy:
-        copy.launch_plan_attention(inputs.rows)
+        launch_plan_attention(inputs.rows)
         found = copy.launch_paged_attention(*inputs.arguments, merges=what in PLANTED_IN_MERGE)
     with pytest.raises(AssertionError):
         check(inputs, found)
@@ -307,7 +321,7 @@ def test_planted_bugs_are_seen(what, tmp_path):
 def test_a_count_that_is_left_is_seen(tmp_path):
     inputs = make_inputs(CASES[LONG_ROW], torch.float16)
     with planted(module, "tl.store(row_arrived_ptr, 0)", "pass", tmp_path) as copy:
-        copy.launch_plan_attention(inputs.rows)
+        launch_plan_attention(inputs.rows)
         copy.launch_paged_attention(*inputs.arguments, merges=True)
         assert inputs.rows.plan.arrived.any()
         found = copy.launch_paged_attention(*inputs.arguments, merges=True)

@@ -9,6 +9,7 @@ import torch
 from planted_bug import planted
 
 from evenflow.kernels import (
+    attention_plan,
     draw,
     filter,
     linear,
@@ -97,8 +98,9 @@ def test_wrong_kernels_are_named(kernel, tmp_path, monkeypatch):
     ],
 )
 def test_wrong_attention_is_seen_with_windows_and_8_bits(code, bug, tmp_path, monkeypatch):
-    with planted(paged_attention, code, bug, tmp_path) as copy:
-        for name in ("launch_paged_attention", "launch_plan_attention"):
+    module = attention_plan if "piece_len" in code else paged_attention
+    with planted(module, code, bug, tmp_path) as copy:
+        for name in {"launch_paged_attention", "launch_plan_attention"} & vars(copy).keys():
             monkeypatch.setattr(self_check, name, getattr(copy, name))
         found = [
             comparison.is_right

@@ -17,18 +17,13 @@ import torch
 from torch import Tensor
 
 from evenflow.kernels.all_reduce import PeerBuffers, launch_reduce_add_rms_norm, reduce_add_rms_norm
+from evenflow.kernels.attention_plan import DeviceRows, launch_plan_attention, make_plan
 from evenflow.kernels.draw import launch_draw
 from evenflow.kernels.filter import filter_thresholds, launch_filter_thresholds
 from evenflow.kernels.linear import is_own_product, launch_linear, linear
 from evenflow.kernels.logprobs import launch_token_logprobs, token_logprobs
 from evenflow.kernels.masks import apply_masks_, launch_apply_masks_
-from evenflow.kernels.paged_attention import (
-    DeviceRows,
-    launch_paged_attention,
-    launch_plan_attention,
-    make_plan,
-    paged_attention,
-)
+from evenflow.kernels.paged_attention import launch_paged_attention, paged_attention
 from evenflow.kernels.penalties import apply_penalties_, launch_apply_penalties_
 from evenflow.kernels.philox import log_noise
 from evenflow.kernels.rms_norm import add_rms_norm, launch_add_rms_norm, launch_rms_norm, rms_norm

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from evenflow.kernels import (
+    attention_plan,
     draw,
     filter,
     linear,
@@ -222,17 +223,16 @@ def _of_cache(
     )  # fmt: skip
     for num_rows in NUM_ROWS:
         steps = _rows(model, num_rows, arch)
-        yield from record(
-            paged_attention, f"{name}-{num_rows}", partial(paged_attention.launch_plan_attention, steps, arch=arch)
-        )
+        launch = partial(attention_plan.launch_plan_attention, steps, arch=arch)
+        yield from record(attention_plan, f"{name}-{num_rows}", launch)
 
 
 def _qkv(model: ModelShape, dtype: torch.dtype) -> Tensor:
     return empty(NUM_TOKENS, model.num_heads + 2 * model.num_kv_heads, model.head_dim, dtype=dtype)
 
 
-def _rows(model: ModelShape, num_rows: int, arch: str) -> paged_attention.DeviceRows:
-    return paged_attention.DeviceRows(
+def _rows(model: ModelShape, num_rows: int, arch: str) -> attention_plan.DeviceRows:
+    return attention_plan.DeviceRows(
         query_starts=empty(num_rows + 1),
         seq_lens=empty(num_rows),
         slots=empty(num_rows),
@@ -240,7 +240,7 @@ def _rows(model: ModelShape, num_rows: int, arch: str) -> paged_attention.Device
         store_index=empty(NUM_TOKENS, dtype=torch.int64),
         positions=empty(NUM_TOKENS, dtype=torch.int64),
         max_query_len=NUM_TOKENS,
-        plan=paged_attention.make_plan(
+        plan=attention_plan.make_plan(
             num_rows, model.num_heads, model.num_kv_heads, model.head_dim, "meta", arch=arch
         ),
     )

@@ -88,8 +88,8 @@ SPLITS: dict[str, Split] = {
     "": Split(num_resident=4, waves=4, granule=64),
 }
 
-# Does the last piece of a decode row add all of them up? It counts on the order of memory that a device-wide acquire and
-# release give to a whole workgroup, which PTX promises; on AMD that was never run, so a kernel of its own does it there.
+# Does the last piece of a decode row add all of them up? It counts on the order of memory that a device-wide acquire
+# and release give to a whole workgroup, which PTX promises; on AMD that was never run: a kernel of its own does it.
 MERGING_DECODE: dict[str, bool] = {"sm_": True, "": False}
 
 # Programmatic dependent launch: elsewhere its instructions do not compile.

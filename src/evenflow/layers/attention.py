@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from evenflow.kernels.attention import AttentionBatch, paged_attention
-from evenflow.kernels.paged_attention import DeviceRows
+from evenflow.kernels.attention_plan import DeviceRows
 from evenflow.kernels.paged_attention import paged_attention as device_attention
 from evenflow.kernels.rotary import rotary_, rotary_and_store, store_kv
 from evenflow.layers.linear import ColumnParallelLinear, RowParallelLinear

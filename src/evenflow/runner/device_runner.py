@@ -14,7 +14,7 @@ from torch import Tensor
 
 from evenflow.config import Settings
 from evenflow.distributed import TensorParallel, connect_peers, local_view
-from evenflow.kernels.paged_attention import AttentionPlan, DeviceRows, make_plan, plan_attention
+from evenflow.kernels.attention_plan import AttentionPlan, DeviceRows, make_plan, plan_attention
 from evenflow.kernels.self_check import CheckedShape
 from evenflow.kernels.step_inputs import expand_rows
 from evenflow.layers.attention import LayerBatch, fit_cache_scales

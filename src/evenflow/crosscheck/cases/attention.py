@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from evenflow.crosscheck.cases.case import EIGHT_BITS, FLOATS, SIXTEEN_BITS, Case, cache_types
-from evenflow.kernels.paged_attention import AttentionPlan, DeviceRows, make_plan
+from evenflow.kernels.attention_plan import AttentionPlan, DeviceRows, launch_plan_attention, make_plan
 
 BLOCK_SIZE = 16
 NUM_PROGRAMS = 5  # that share the prompts and the merging: fewer than there is work, so that they go round
@@ -94,7 +94,7 @@ def _scales(shape: Shape, cache_dtype: torch.dtype, generator: torch.Generator) 
 
 def launch(module: ModuleType, q: Tensor, kv_cache: Tensor, rows: DeviceRows, *options: Any, arch: str) -> Tensor:
     """Both launches of a step; what padding tokens get is not defined, and is left out."""
-    module.launch_plan_attention(rows)
+    launch_plan_attention(rows)
     out: Tensor = module.launch_paged_attention(q, kv_cache, rows, *options, arch=arch)
     return out[: int(rows.query_starts[-1])]
 
