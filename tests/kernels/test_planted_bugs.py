@@ -100,6 +100,31 @@ plant(
     one_token_for_all=("x_ptr + token * K", "x_ptr + token * 0"),
 )  # fmt: skip
 plant(
+    linear, test_linear, lambda _: test_linear.test_few_rows((33, 128, 1216, 4), F16),
+    a_split_left_out=("tl.static_range(SPLITS)", "tl.static_range(SPLITS - 1)"),
+    one_split_for_all=("tile_ptrs + part * SIZE", "tile_ptrs"),
+    last_step_of_a_split_missing=("(split + 1) * num_steps // SPLITS)", "(split + 1) * num_steps // SPLITS - 1)"),
+    steps_that_splits_do_not_divide=("(split + 1) * num_steps // SPLITS)", "(split + 1) * (num_steps // SPLITS))"),
+    counted_over_all_tiles=("tl.atomic_add(arrived_ptr + tile, 1,", "tl.atomic_add(arrived_ptr, 1,"),
+    count_is_left=("tl.store(arrived_ptr + tile, 0)", "tl.store(arrived_ptr + tile, SPLITS)"),
+    added_up_too_early=("== SPLITS - 1:", "== SPLITS - 2:"),
+    rows_beyond_the_last=("total.to(out_ptr.dtype.element_ty), mask=is_token", "total.to(out_ptr.dtype.element_ty)"),
+    last_row_missing=("(tokens < num_tokens)[None, :]", "(tokens < num_tokens - 1)[None, :]"),
+    x_of_the_first_step=("x_ptrs + step * BLOCK_K", "x_ptrs"),
+    weights_of_the_first_step=("weight_ptrs + step * BLOCK_K", "weight_ptrs"),
+    one_row_for_all=("tokens[None, :] * K", "tokens[None, :] * 0"),
+    weights_of_the_first_tile=("outs.to(tl.int64)[:, None] * K", "(outs % BLOCK_N).to(tl.int64)[:, None] * K"),
+)  # fmt: skip
+plant(
+    linear, test_linear, lambda _: test_linear.test_few_rows((3, 192, 320, 1), F16),
+    rows_beyond_the_last_unsplit=("sums.to(out_ptr.dtype.element_ty), mask=is_token", "sums.to(tl.float16)"),
+)  # fmt: skip
+plant(
+    linear, test_linear, lambda _: test_linear.test_sums_of_few_rows_are_in_float32(4),
+    sums_of_splits_in_16_bits=("split * SIZE, sums,", "split * SIZE, sums.to(tl.float16).to(tl.float32),"),
+    sums_of_steps_in_16_bits=("tl.dot(weight, x, sums)", "tl.dot(weight, x, sums).to(tl.float16).to(tl.float32)"),
+)  # fmt: skip
+plant(
     linear, test_linear, lambda _: test_linear.test_sums_are_in_float32(),
     sums_in_16_bits=("weight = next_weight", "weight, sums = next_weight, sums.to(tl.float16).to(tl.float32)"),
 )  # fmt: skip

@@ -1,40 +1,50 @@
-"""A linear layer, and the matrix-vector product that takes the library's place where it is faster.
+"""A linear layer, and the products of one token and of a few that take the library's place where they are faster.
 
-Shapes: N tokens, K inputs, O outputs. One token reads every weight once and computes next to nothing: a program reads
-the rows of a few outputs, with the next piece always under way, and the first before the kernel before it has ended.
+Shapes: N tokens, K inputs, O outputs. Few tokens read every weight once and compute little. Of one, a program reads the
+rows of a few outputs, with the next piece always under way, and the first before the kernel before it has ended. Of
+several it is a matrix product with the weight as the first operand, of which matrix units want more rows; where there
+are few outputs, their rows are split over several programs, and the last of them adds the sums up.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evenflow.kernels.language import arch_of, dependent_launch, jit, tl, wait_for_previous
-from evenflow.kernels.tuning import own_product_rows, product_tile
+from evenflow.kernels.language import arch_of, dependent_launch, jit, next_power_of_2, tl, wait_for_previous
+from evenflow.kernels.tuning import FewRowTile, few_row_tiles, own_product_rows, product_tile
 
 ALIGNED = 8  # 16-bit elements of an access of 16 bytes
+MIN_ROWS = 16  # of a tile, which is what matrix units take
+MIN_STEPS = 4  # of a program over K: fewer do not pay for its beginning and its end
+NUM_SPLITS = (4, 2, 1)
+MAX_SUMS = 1 << 20  # float32 of the splits of one product: 4 MiB
+MAX_TILES = 1024  # of a product that is split
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, summed in float32. x: [N, K]; weight: [O, K]; bias: [O]; returns [N, O]."""
     if is_own_product(x, weight, bias):
-        return launch_linear(x, weight)
+        return launch_linear(x, weight) if x.shape[0] == 1 else launch_few_row_linear(x, weight)
     return F.linear(x, weight, bias)
 
 
 def is_own_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, arch: str | None = None) -> bool:
-    """Is it one that the kernel takes, where that is faster than the library? arch: None for that of x."""
-    if not 0 < x.shape[0] <= own_product_rows(arch_of(x) if arch is None else arch) or bias is not None:
+    """Is it one that a kernel takes, where that is faster than the library? arch: None for that of x."""
+    arch = arch_of(x) if arch is None else arch
+    num_tokens = x.shape[0]
+    if not 0 < num_tokens <= own_product_rows(arch) or bias is not None:
+        return False
+    if x.dtype != weight.dtype or x.dtype.itemsize != 2 or not (x.is_contiguous() and weight.is_contiguous()):
         return False
     out_features, in_features = weight.shape
-    return (
-        x.dtype == weight.dtype
-        and x.dtype.itemsize == 2
-        and in_features % ALIGNED == 0
-        and out_features % product_tile(in_features).block_n == 0
-        and x.is_contiguous()
-        and weight.is_contiguous()
-    )
+    if num_tokens > 1:
+        return few_row_launch(arch, num_tokens, out_features, in_features) is not None
+    return in_features % ALIGNED == 0 and out_features % product_tile(in_features).block_n == 0
 
 
 @jit(do_not_specialize=("out_stride",))
@@ -75,7 +85,10 @@ def _piece(ptrs, start: tl.constexpr, cols, K: tl.constexpr, BLOCK_K: tl.constex
 
 
 def launch_linear(x: Tensor, weight: Tensor, *, arch: str | None = None) -> Tensor:
-    """The kernel of linear, without a bias. O: divisible by the outputs a program. arch: None for that of x."""
+    """The kernel of linear for one token, or each of several, without a bias. arch: None for that of x.
+
+    O: divisible by the outputs a program.
+    """
     (num_tokens, in_features), out_features = x.shape, weight.shape[0]
     tile = product_tile(in_features)
     assert weight.shape[1] == in_features
@@ -90,4 +103,110 @@ def launch_linear(x: Tensor, weight: Tensor, *, arch: str | None = None) -> Tens
             K=in_features, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=1,
             **dependent_launch(arch_of(x) if arch is None else arch),
         )  # fmt: skip
+    return out
+
+
+@jit(do_not_specialize=("num_tokens",))
+def _few_row_linear_kernel(
+    x_ptr, weight_ptr, out_ptr, sums_ptr, arrived_ptr, num_tokens, K, out_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, split): BLOCK_N outputs of all tokens, at most BLOCK_M, over a share of K in steps of BLOCK_K.
+
+    The last of a tile's programs adds all of them up, in their order, so that it does not matter which is last.
+    """
+    wait_for_previous(PDL)
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    outs = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_K)
+    is_token = (tokens < num_tokens)[None, :]
+    weight_ptrs = weight_ptr + outs.to(tl.int64)[:, None] * K + cols[None, :]
+    x_ptrs = x_ptr + tokens[None, :] * K + cols[:, None]
+    out_ptrs = out_ptr + tokens[None, :] * out_stride + outs[:, None]
+    num_steps = K // BLOCK_K
+    sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for step in range(split * num_steps // SPLITS, (split + 1) * num_steps // SPLITS):
+        weight = tl.load(weight_ptrs + step * BLOCK_K)
+        x = tl.load(x_ptrs + step * BLOCK_K, mask=is_token, other=0.0)
+        sums = tl.dot(weight, x, sums)
+    if SPLITS == 1:
+        tl.store(out_ptrs, sums.to(out_ptr.dtype.element_ty), mask=is_token)
+    else:
+        SIZE: tl.constexpr = BLOCK_N * BLOCK_M
+        tile_ptrs = sums_ptr + tile * (SPLITS * SIZE) + tokens[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+        tl.store(tile_ptrs + split * SIZE, sums, mask=is_token)
+        tl.debug_barrier()  # what all threads wrote comes before the count
+        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+            tl.debug_barrier()  # and nothing is read before it
+            tl.store(arrived_ptr + tile, 0)
+            total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            for part in tl.static_range(SPLITS):
+                total += tl.load(tile_ptrs + part * SIZE, mask=is_token, other=0.0, cache_modifier=".cg")
+            tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=is_token)
+
+
+@dataclass(frozen=True, slots=True)
+class FewRowLaunch:
+    """How a product is launched. arguments: constants and options of the kernel."""
+
+    grid: tuple[int, int]
+    arguments: dict[str, Any]
+
+
+@cache
+def few_row_launch(
+    arch: str, num_tokens: int, out_features: int, in_features: int, tile: FewRowTile | None = None
+) -> FewRowLaunch | None:
+    """None: no tile fits the product. tile: instead of the architecture's."""
+    block_m = max(next_power_of_2(num_tokens), MIN_ROWS)
+    for tried in few_row_tiles(arch, block_m) if tile is None else (tile,):
+        num_tiles, num_steps = out_features // tried.block_n, in_features // tried.block_k
+        is_whole = out_features % tried.block_n == 0 and in_features % tried.block_k == 0
+        if not is_whole or num_steps < MIN_STEPS or out_features < tried.min_outs:
+            continue
+        blocks = {"BLOCK_M": block_m, "BLOCK_N": tried.block_n, "BLOCK_K": tried.block_k}
+        num_splits = _num_splits(tried, num_tiles, num_steps, block_m)
+        options = {"num_warps": tried.num_warps, "num_stages": tried.num_stages, **dependent_launch(arch)}
+        return FewRowLaunch((num_tiles, num_splits), {**blocks, "SPLITS": num_splits, **options})
+    return None
+
+
+def _num_splits(tile: FewRowTile, num_tiles: int, num_steps: int, block_m: int) -> int:
+    """As many as fill the GPU, leave each program enough to do, and have room for their sums."""
+    if num_tiles > MAX_TILES:
+        return 1
+    most = min(tile.num_programs // num_tiles, num_steps // MIN_STEPS, MAX_SUMS // (num_tiles * tile.block_n * block_m))
+    return next((number for number in NUM_SPLITS if number <= most), 1)
+
+
+@cache
+def split_sums(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sums of splits, [MAX_SUMS] float32, and how many of a tile's are there, [MAX_TILES] int32: 0 between launches.
+
+    One of each per device, since kernels follow one another there. They outlive every graph, so none may own them.
+    """
+    assert device.type != "cuda" or not torch.cuda.is_current_stream_capturing(), "first used while a graph is captured"
+    sums = torch.empty(MAX_SUMS, dtype=torch.float32, device=device)
+    return sums, torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
+
+
+def launch_few_row_linear(
+    x: Tensor, weight: Tensor, *, arch: str | None = None, tile: FewRowTile | None = None
+) -> Tensor:
+    """The kernel of linear for a few tokens in 16 bits, without a bias. arch: None for that of x. tile: to try."""
+    (num_tokens, in_features), out_features = x.shape, weight.shape[0]
+    launch = few_row_launch(arch_of(x) if arch is None else arch, num_tokens, out_features, in_features, tile)
+    assert launch is not None, "no tile fits"
+    assert weight.shape[1] == in_features
+    assert x.dtype == weight.dtype
+    assert x.dtype.itemsize == 2
+    assert x.is_contiguous()
+    assert weight.is_contiguous()
+    out = torch.empty(num_tokens, out_features, dtype=x.dtype, device=x.device)
+    sums, arrived = split_sums(x.device) if launch.grid[1] > 1 else (None, None)
+    _few_row_linear_kernel[launch.grid](
+        x, weight, out, sums, arrived, num_tokens, in_features, out_features, **launch.arguments
+    )
     return out

@@ -44,6 +44,22 @@ class ProductTile:
     num_warps: int
 
 
+@dataclass(frozen=True, slots=True)
+class FewRowTile:
+    """Of a product of a few rows. block_n: outputs a program. block_k: elements of their rows a step.
+
+    num_programs: K is split over several programs while there are no more than this; 0: never. min_outs: from how many
+    outputs on it is taken.
+    """
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    num_programs: int = 0
+    min_outs: int = 0
+
+
 # {architecture: {padded head size: tile}}. Registers are what limits them: none of these spills, but for those of sm_90
 # in prefill, which the clock chose, and float32 with heads of 256 on gfx11 and gfx12.
 DECODE_TILES: dict[str, dict[int, Tile]] = {
@@ -95,8 +111,9 @@ MERGING_DECODE: dict[str, bool] = {"sm_": True, "": False}
 # Programmatic dependent launch: elsewhere its instructions do not compile.
 DEPENDENT_LAUNCH: dict[str, bool] = {"sm_9": True, "sm_1": True, "": False}
 
-# Up to how many rows our matrix-vector product is taken instead of the library's. Elsewhere nothing was measured.
-OWN_PRODUCT_ROWS: dict[str, int] = {"sm_90": 1, "": 0}
+# Up to how many rows our products are taken instead of the library's. Elsewhere nothing was measured. On one H200, with
+# 128 rows the library is as fast.
+OWN_PRODUCT_ROWS: dict[str, int] = {"sm_90": 64, "": 0}
 # {what the length of a row is divisible by: tile}, of which the largest that divides it is taken. Whole rows are read
 # before the wait where they are short: on one H200 a step of one row of LLaMA 2 7B takes 3.59 ms so, and 3.75 ms with
 # 2,048 elements at a time. The library's products alone take 0.7 us (o_proj) to 5 us (gate_up_proj) longer than these.
@@ -105,6 +122,19 @@ PRODUCT_TILES: dict[int, ProductTile] = {
     2048: ProductTile(8, 1024, 8),
     1024: ProductTile(2, 1024, 2),
     1: ProductTile(4, 512, 4),
+}
+# Of 2 rows and more: {architecture: {padded number of rows: tiles}}, of which the first that fits the product is taken.
+# On one H200, of Llama 3 8B with 16 and 64 rows and before the splits are added up: o_proj takes 9.5 and 10.1 us (12.9
+# and 12.3 with the library), down_proj 29.5 and 31.7 (31.9 and 35.5), gate_up_proj 59.2 and 60.5 (62.2 and 62.6).
+# num_programs is what 132 multiprocessors run at once. Elsewhere K is not split, see MERGING_DECODE.
+FEW_ROW_TILES: dict[str, dict[int, tuple[FewRowTile, ...]]] = {
+    "sm_90": {
+        16: (FewRowTile(64, 256, 4, 4, min_outs=16384), FewRowTile(64, 128, 4, 5, num_programs=264)),
+        32: (FewRowTile(128, 128, 8, 4, min_outs=16384), FewRowTile(64, 128, 4, 4, num_programs=264)),
+        64: (FewRowTile(128, 128, 8, 4, min_outs=16384), FewRowTile(64, 128, 4, 4, num_programs=132)),
+    },
+    "gfx": {rows: (FewRowTile(64, 64, 4, 1),) for rows in (16, 32, 64)},
+    "": {rows: (FewRowTile(64, 64, 4, 3),) for rows in (16, 32, 64)},
 }
 
 # From how many rows on a product is added to the residual by the library, instead of by the norm that follows. On one
@@ -154,6 +184,12 @@ def adding_product_rows(arch: str) -> int:
 @cache
 def product_tile(in_features: int) -> ProductTile:
     return PRODUCT_TILES[max(size for size in PRODUCT_TILES if in_features % size == 0)]
+
+
+@cache
+def few_row_tiles(arch: str, block_m: int) -> tuple[FewRowTile, ...]:
+    """For rows padded to block_m; the first that fits a product is to be taken."""
+    return _by_prefix(FEW_ROW_TILES, arch).get(block_m, ())
 
 
 def filter_warps(arch: str) -> int:

@@ -1,11 +1,13 @@
 """Norms, the gated activation, and rotary with its store: shapes that do not fill a tile, strides, several heads."""
 
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from evenflow.crosscheck.cases.case import EIGHT_BITS, FLOATS, SIXTEEN_BITS, Case, cache_types, normal
+from evenflow.kernels.linear import linear
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
 BLOCK_SIZE, NUM_BLOCKS, MAX_POSITION = 4, 5, 32
@@ -30,8 +32,13 @@ def _add_norm(dtype: torch.dtype) -> tuple[Any, ...]:
     return x, residual, 1 + 0.1 * normal(256, dtype=dtype, seed=2), 1e-5
 
 
-def _product(dtype: torch.dtype, num_outs: int, size: int) -> tuple[Any, ...]:
-    return normal(1, size, dtype=dtype), normal(num_outs, size, dtype=dtype, seed=1)
+def _product(dtype: torch.dtype, num_outs: int, size: int, num_rows: int = 1) -> tuple[Any, ...]:
+    return normal(num_rows, size, dtype=dtype), normal(num_outs, size, dtype=dtype, seed=1)
+
+
+def _launch_few_rows(module: ModuleType, *arguments: Any, arch: str) -> torch.Tensor:
+    found: torch.Tensor = module.launch_few_row_linear(*arguments, arch=arch)
+    return found
 
 
 def _rotary(
@@ -52,6 +59,18 @@ CASES = (
     *(
         Case(LINEAR, "linear", f"{n} x {size}", partial(_product, num_outs=n, size=size), SIXTEEN_BITS)
         for n, size in ((4, 4096), (8, 2048), (6, 3072), (4, 512), (8, 1192))
+    ),
+    *(
+        Case(
+            LINEAR,
+            "few_row_linear",
+            f"{rows} rows, {n} x {size}",
+            partial(_product, num_outs=n, size=size, num_rows=rows),
+            SIXTEEN_BITS,
+            linear,
+            _launch_few_rows,
+        )
+        for rows, n, size in ((3, 128, 256), (17, 64, 320), (33, 64, 256))
     ),
     Case(NORM, "rms_norm", "3 rows of 256", partial(_norm_rows, num_rows=3, size=256)),
     Case(NORM, "rms_norm", "2 rows of 200", partial(_norm_rows, num_rows=2, size=200)),
