@@ -20,7 +20,7 @@ from evenflow.kernels.all_reduce import PeerBuffers, launch_reduce_add_rms_norm,
 from evenflow.kernels.attention_plan import DeviceRows, launch_plan_attention, make_plan
 from evenflow.kernels.draw import launch_draw
 from evenflow.kernels.filter import filter_thresholds, launch_filter_thresholds
-from evenflow.kernels.linear import is_own_product, launch_linear, linear
+from evenflow.kernels.linear import few_row_launch, is_own_product, launch_few_row_linear, launch_linear, linear
 from evenflow.kernels.logprobs import launch_token_logprobs, token_logprobs
 from evenflow.kernels.masks import apply_masks_, launch_apply_masks_
 from evenflow.kernels.paged_attention import launch_paged_attention, paged_attention
@@ -38,7 +38,8 @@ from evenflow.kernels.step_inputs import (
 )
 
 NUM_TOKENS = 19
-NUM_OUTS = 24  # of a product, whose weights would be most of what is copied
+NUM_OUTS, NUM_FEW_OUTS = 24, 128  # of a product, whose weights would be most of what is copied; and with a few rows
+NUM_FEW_ROWS = 5
 MAX_WINDOW = 8192  # rows of larger windows would cost more than they tell
 # Kernel and reference round at different places: two units in the last place, and what sums in float32 differ by.
 # Interpreted kernels were at most 0.8 units off in float16 and bfloat16, and 8e-7 in float32.
@@ -199,14 +200,25 @@ def _check_silu_and_mul(inputs: _Inputs) -> Iterator[Comparison]:
 
 
 def _check_linear(inputs: _Inputs) -> Iterator[Comparison]:
-    """Of one row, for every length of the rows of a weight. Where the library is taken there is nothing to check."""
+    """Of one row and of a few, for every length of the rows of a weight. The library is not checked."""
     shape = inputs.shape
     for size in dict.fromkeys((shape.hidden_size, shape.num_heads * shape.head_dim, shape.intermediate_size)):
-        x, weight = inputs.normal(1, size), inputs.normal(NUM_OUTS, size)
-        dx, dweight = inputs.on_device(x, weight)
-        if inputs.device.type != "cuda" or is_own_product(dx, dweight):
-            expected = linear(x.float(), weight.float()).to(x.dtype)
-            yield _floats("linear", launch_linear(dx, dweight), expected)
+        for launch, num_rows, num_outs in (
+            (launch_linear, 1, NUM_OUTS),
+            (launch_few_row_linear, NUM_FEW_ROWS, NUM_FEW_OUTS),
+        ):
+            x, weight = inputs.normal(num_rows, size), inputs.normal(num_outs, size)
+            dx, dweight = inputs.on_device(x, weight)
+            if _runs_own_product(dx, dweight):
+                expected = linear(x.float(), weight.float()).to(x.dtype)
+                yield _floats("linear", launch(dx, dweight), expected)
+
+
+def _runs_own_product(x: Tensor, weight: Tensor) -> bool:
+    """On a GPU only where it is taken, interpreted wherever it fits."""
+    if x.is_cuda:
+        return is_own_product(x, weight)
+    return x.shape[0] == 1 or (x.dtype.itemsize == 2 and few_row_launch("", len(x), *weight.shape) is not None)
 
 
 def _check_rotary_and_store(inputs: _Inputs) -> Iterator[Comparison]:
