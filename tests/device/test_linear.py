@@ -1,11 +1,13 @@
-"""Our product of one row on a real GPU, and kernels whose programs start before the kernel before them has ended."""
+"""Our products of few rows on a real GPU, and kernels whose programs start before the kernel before them has ended."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_accurate, normal
 
-from evenflow.kernels.linear import is_own_product, launch_linear, linear
+from evenflow.kernels.linear import is_own_product, launch_few_row_linear, launch_linear, linear
 from evenflow.kernels.rms_norm import launch_add_rms_norm
 from evenflow.kernels.silu_and_mul import launch_silu_and_mul
 
@@ -31,24 +33,53 @@ def test_one_row_against_float64(gpu, shape, dtype):
     assert is_own_product(x, weight) or torch.equal(found, eager)
 
 
-def layers(x: torch.Tensor, weights: list[tuple[torch.Tensor, ...]], is_apart: bool) -> torch.Tensor:
+# Outputs and inputs: of Llama 3 8B and LLaMA 2 7B.
+FEW_ROW_SHAPES = [
+    (4096, 14336), (28672, 4096), (6144, 4096), (4096, 4096), (4096, 11008), (12288, 4096), (128256, 4096),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", FEW_ROW_SHAPES, ids=str)
+def test_few_rows_against_float64(gpu, shape, dtype):
+    """And again: which of the splits comes last changes nothing."""
+    num_outs, size = shape
+    weight = (0.02 * normal(num_outs, size, seed=1)).to(dtype).to(gpu)
+    for num_rows in (2, 16, 17, 64):
+        x = normal(num_rows, size, dtype=dtype, seed=num_rows).to(gpu)
+        exact = torch.cat([x.double() @ part.double().T for part in weight.split(8192)], dim=1)
+        eager = F.linear(x, weight)
+        first = launch_few_row_linear(x, weight)
+        assert_accurate(first, eager, exact)
+        for _ in range(20):
+            assert torch.equal(launch_few_row_linear(x, weight), first)
+        assert torch.equal(linear(x, weight), first if is_own_product(x, weight) else eager)
+
+
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def layers(x: torch.Tensor, weights: list[tuple[torch.Tensor, ...]], is_apart: bool, product: Product) -> torch.Tensor:
     """is_apart: each kernel ends before the next is launched."""
     wait = torch.cuda.synchronize if is_apart else lambda: None
     residual = torch.zeros_like(x)
     for norm, gate_up, down in weights:
         x, residual = launch_add_rms_norm(x, residual, norm, 1e-5)
         wait()
-        x = launch_linear(x, gate_up)
+        x = product(x, gate_up)
         wait()
         x = launch_silu_and_mul(x)
         wait()
-        x = launch_linear(x, down)
+        x = product(x, down)
         wait()
     return x + residual
 
 
-@pytest.mark.parametrize("num_rows", [1, 5])
-def test_kernels_that_start_early_change_nothing(gpu, num_rows):
+@pytest.mark.parametrize(
+    ("num_rows", "product"),
+    [(1, launch_linear), (5, launch_linear), (5, launch_few_row_linear), (40, launch_few_row_linear)],
+)
+def test_kernels_that_start_early_change_nothing(gpu, num_rows, product):
     """Small ones, whose programs all start at once; memory is used again and again, in a graph as well."""
     sizes = ((512,), (2 * 1536, 512), (512, 1536))
     weights = [
@@ -56,13 +87,13 @@ def test_kernels_that_start_early_change_nothing(gpu, num_rows):
         for layer in range(24)
     ]
     x = normal(num_rows, 512, dtype=torch.bfloat16).to(gpu)
-    expected = layers(x, weights, is_apart=True)
+    expected = layers(x, weights, is_apart=True, product=product)
     for _ in range(50):
-        found = layers(x, weights, is_apart=False)
+        found = layers(x, weights, is_apart=False, product=product)
     assert torch.equal(found, expected)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = layers(x, weights, is_apart=False)
+        found = layers(x, weights, is_apart=False, product=product)
     for _ in range(50):
         found.zero_()
         graph.replay()
