@@ -152,7 +152,7 @@ plant(
     noise_of_another_seed=("seed_high << 32 | seed_low", "seed_high << 31 | seed_low"),
     noise_of_another_position=("tl.load(params_ptr + _NUM_PROMPT_TOKENS)", "1"),
     noise_of_another_tile=("counters = runs * _LANE + lanes", "counters = lanes + runs * 0"),
-    words_swapped=("x2 -= _log_exponential(w2)", "x2 -= _log_exponential(w1)"),
+    words_swapped=("_log_exponential(w2, ", "_log_exponential(w1, "),
     not_divided_by_the_temperature=("x3 = tl.div_rn(x3, temperature)", "x3 = x3"),
     last_token_missing=("mask=first + _LANE < V", "mask=first + _LANE < V - 200"),
     first_tile_only=("mask=tiles < num_tiles, other=-_INF", "mask=tiles < 1, other=-_INF"),

@@ -66,7 +66,7 @@ PLANTED = {  # kernel: its module, code, bug
     "paged_attention": (paged_attention, "sums * weights[:, None]", "sums"),
     "expand_rows": (step_inputs, ".bit_length()", ".bit_length() - 3"),
     "scatter_words": (step_inputs, "mask = i < count", "mask = i <= count"),
-    "draw": (draw, "x2 -= _log_exponential(w2)", "x2 -= _log_exponential(w1)"),
+    "draw": (draw, "_log_exponential(w2, ", "_log_exponential(w1, "),
     "filter_thresholds": (filter, "num1 >= k, num2 >= k, num3 >= k", "num1 > k, num2 > k, num3 > k"),
     "apply_penalties": (penalties, "is_prompt = steps < num_prompt_tokens", "is_prompt = steps < 0"),
     "apply_masks": (masks, ">> (tokens % 32)", ">> (31 - tokens % 32)"),

@@ -246,9 +246,7 @@ def _rows(model: ModelShape, num_rows: int, arch: str) -> attention_plan.DeviceR
         store_index=empty(NUM_TOKENS, dtype=torch.int64),
         positions=empty(NUM_TOKENS, dtype=torch.int64),
         max_query_len=NUM_TOKENS,
-        plan=attention_plan.make_plan(
-            num_rows, model.num_heads, model.num_kv_heads, model.head_dim, "meta", arch=arch
-        ),
+        plan=attention_plan.make_plan(num_rows, model.num_heads, model.num_kv_heads, model.head_dim, "meta", arch=arch),
     )
 
 
@@ -260,11 +258,10 @@ def _of_sampling(vocab_size: int, num_rows: int, arch: str, name: str) -> Iterat
     tokens, scratch = empty(num_rows, MAX_MODEL_LEN), empty(num_rows, vocab_size)
     thresholds = empty(num_rows, dtype=torch.float32)
     bits, ids = empty(num_rows, -(-vocab_size // 32)), empty(num_rows)
-    yield from record(draw, name, lambda: draw.launch_draw(logits, params, slots, lengths, tokens))
-    yield from record(
-        draw, f"{name}-filtered", lambda: draw.launch_draw(logits, params, slots, lengths, tokens, thresholds)
-    )
-    yield from record(draw, f"{name}-bf16", lambda: draw.launch_draw(raw, params, slots, lengths, tokens))
+    rows = (params, slots, lengths, tokens)
+    yield from record(draw, name, lambda: draw.launch_draw(logits, *rows, arch=arch))
+    yield from record(draw, f"{name}-filtered", lambda: draw.launch_draw(logits, *rows, thresholds, arch=arch))
+    yield from record(draw, f"{name}-bf16", lambda: draw.launch_draw(raw, *rows, arch=arch))
     yield from record(filter, name, lambda: filter.launch_filter_thresholds(logits, params, slots, arch))
     yield from record(filter, f"{name}-bf16", lambda: filter.launch_filter_thresholds(raw, params, slots, arch))
     yield from record(

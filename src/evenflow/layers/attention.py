@@ -65,9 +65,7 @@ class SelfAttention(nn.Module):
         for name in ("k_scale", "v_scale"):
             self.register_buffer(name, torch.ones(1, dtype=torch.float32, device=place.device), persistent=False)
 
-    def forward(
-        self, x: Tensor, batch: LayerBatch, kv_cache: Tensor, residual: Tensor | None = None
-    ) -> Tensor | None:
+    def forward(self, x: Tensor, batch: LayerBatch, kv_cache: Tensor, residual: Tensor | None = None) -> Tensor | None:
         H, Hkv = self.num_heads, self.num_kv_heads
         qkv = self.qkv_proj(x).view(-1, H + 2 * Hkv, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
