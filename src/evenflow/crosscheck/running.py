@@ -165,7 +165,8 @@ def run_case(case: "Case", dtype: str, arch: str, rewrite: Callable[[str], str] 
     launched: list[Launched] = []
     try:
         module = import_module(case.module)
-        with simulated(module, find_target(arch), rewrite) as launched:
+        others = [import_module(name) for name in case.others]
+        with simulated(module, find_target(arch), rewrite, others) as launched:
             ratio = error_ratio(case, dtype, case.launch_of(module, arch), case.reference_of(module))
     except Exception as problem:  # a wrong access, a race, a compile error: this case's failure
         error = f"{type(problem).__name__}: {problem}"

@@ -5,8 +5,9 @@ choice of tile are tested with the machine code.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -61,12 +62,18 @@ class SimulatedKernel:
 
 @contextmanager
 def simulated(
-    module: ModuleType, target: Target, rewrite: Rewrite = lambda assembly: assembly
+    module: ModuleType,
+    target: Target,
+    rewrite: Rewrite = lambda assembly: assembly,
+    others: Sequence[ModuleType] = (),
 ) -> Iterator[list[Launched]]:
-    """While it lasts, the `*_kernel` functions of `module` run on the simulator; yields what was launched.
+    """While it lasts, the `*_kernel` functions of the modules run on the simulator; yields what was launched.
 
     rewrite: what to do to the machine code before it runs, for tests that damage it.
     """
     launched: list[Launched] = []
-    with replaced_kernels(module, lambda name, kernel: SimulatedKernel(name, kernel, target, launched, rewrite)):
+    with ExitStack() as stack:
+        for owner in (module, *others):
+            replace = partial(SimulatedKernel, target=target, launched=launched, rewrite=rewrite)
+            stack.enter_context(replaced_kernels(owner, replace))
         yield launched

@@ -20,7 +20,7 @@ from evenflow.kernels.attention_plan import AttentionPlan, DeviceRows, launch_pl
 BLOCK_SIZE = 16
 NUM_PROGRAMS = 5  # that share the prompts and the merging: fewer than there is work, so that they go round
 TARGET_ITEMS, GRANULE = 4, 32  # pieces of decode rows: 200 keys or so make several
-MODULE = "evenflow.kernels.paged_attention"
+MODULE, PLAN = "evenflow.kernels.paged_attention", "evenflow.kernels.attention_plan"
 MIXED = ((1, 50), (9, 9), (1, 1), (20, 70), (1, 129))
 DECODE = ((1, 1), (1, 15), (1, 33), (1, 200))
 
@@ -134,7 +134,7 @@ def attend(
 
 
 def _case(what: str, dtypes: tuple[str, ...], shape: Shape) -> Case:
-    return Case(MODULE, "paged_attention", what, partial(inputs, shape=shape), dtypes, attend, launch)
+    return Case(MODULE, "paged_attention", what, partial(inputs, shape=shape), dtypes, attend, launch, (PLAN,))
 
 
 CASES = (

@@ -20,7 +20,7 @@ class Case:
 
     module: where op is, by name. reference: what is right; called with the inputs and again with all floats but 8-bit
     ones in float64. launch: called with the module, the inputs and `arch`. None for either: the module's own, <op> and
-    launch_<op>.
+    launch_<op>. others: modules whose kernels `launch` runs too.
     """
 
     module: str
@@ -30,6 +30,7 @@ class Case:
     dtypes: tuple[str, ...] = FLOATS
     reference: Callable[..., Any] | None = None
     launch: Callable[..., Any] | None = None
+    others: tuple[str, ...] = ()
 
     def label(self, dtype: str) -> str:
         return f"{self.op}/{self.what}, {dtype}"
