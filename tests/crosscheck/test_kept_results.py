@@ -8,6 +8,7 @@ import pytest
 from evenflow.crosscheck.running import ARCHS
 from evenflow.crosscheck.summary import compiled_table, kernels_of, runs_table
 from evenflow.crosscheck.targets import TARGETS
+from evenflow.kernels.tuning import merges_in_decode
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -20,7 +21,8 @@ def kept():
 def test_every_kernel_was_compiled_for_every_target_and_run_on_every_simulator(kept):
     everything = kernels_of(kept["results"])
     for target in TARGETS:
-        assert kernels_of([row for row in kept["results"] if row["target"] == target]) == everything
+        left_out = {"merge_pieces"} if merges_in_decode(target) else set()
+        assert kernels_of([row for row in kept["results"] if row["target"] == target]) == everything - left_out
     for target in ARCHS:
         runs = [row for row in kept["runs"] if row["target"] == target]
         assert {kernel["kernel"] for row in runs for kernel in row["kernels"]} == everything
