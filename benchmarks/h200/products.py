@@ -1,18 +1,27 @@
-"""The matrix products of a layer, as cuBLASLt or hipBLASLt do them: time, and the fraction of the limit.
+"""The matrix products of a layer, as cuBLASLt or hipBLASLt do them, and as the engine: time, and fraction of the limit.
 
     python benchmarks/h200/products.py [--models llama-2-7b llama-3.1-8b] [--out products.json]
 
-Weights take turns, so that none is found in the cache of the GPU; launches are replayed as a graph.
+Weights take turns, so that none is found in the cache of the GPU; launches are replayed as a graph. The engine's own
+kernels are timed where it takes them (kernels/linear.py).
 """
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from measure import ceilings
 from shapes import SHAPES
+from torch import Tensor
+
+from evenflow.kernels.language import current_arch
+from evenflow.kernels.linear import linear
+from evenflow.kernels.tuning import own_product_rows
+
+Product = Callable[[Tensor, Tensor], Tensor]
 
 ROWS = (1, 4, 16, 32, 64, 128, 192, 256, 512, 1024, 2048, 8192)
 
@@ -32,17 +41,17 @@ def products(model: str) -> dict[str, tuple[int, int]]:
     }
 
 
-def seconds(rows: int, out_features: int, in_features: int) -> float:
+def seconds(rows: int, out_features: int, in_features: int, product: Product = F.linear) -> float:
     count = max(2, 400_000_000 // (2 * out_features * in_features))
     weights = [torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(count)]
     x = torch.randn(rows, in_features, device="cuda", dtype=torch.bfloat16)
     for weight in weights:
-        F.linear(x, weight)
+        product(x, weight)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for weight in weights:
-            F.linear(x, weight)
+            product(x, weight)
     graph.replay()
     repeats = 10
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -71,8 +80,13 @@ def main() -> None:
                 moved = 2 * (out_features * in_features + rows * (out_features + in_features))
                 flops = 2 * rows * out_features * in_features
                 limit = max(moved / peak["copy_bytes_per_s"], flops / peak["bf16_flops"])
-                results.append({"model": model, "product": name, "rows": rows, "us": s * 1e6, "of_limit": limit / s})
-                cells.append(f"{rows}:{s * 1e6:.0f}us({limit / s:.2f})")
+                found = {"model": model, "product": name, "rows": rows, "us": s * 1e6, "of_limit": limit / s}
+                cells.append(f"{rows}:{s * 1e6:.1f}us({limit / s:.2f})")
+                if rows <= own_product_rows(current_arch()):
+                    ours = seconds(rows, out_features, in_features, linear)
+                    found |= {"engine_us": ours * 1e6, "engine_of_limit": limit / ours}
+                    cells[-1] += f" engine:{ours * 1e6:.1f}us({limit / ours:.2f})"
+                results.append(found)
             print(model, name, *cells, flush=True)
     if args.out:
         args.out.write_text(json.dumps({"ceilings": peak, "results": results}, indent=1) + "\n")

@@ -281,7 +281,7 @@ PLANTED_IN_MERGE = {  # of the last piece
     "pieces are not rescaled": (LONG_ROW, "acc * rescale[:, None] + tl.sum(piece_acc", "acc + tl.sum(piece_acc"),
     "pieces are not weighed": (LONG_ROW, "piece_acc * weights[:, :, None]", "piece_acc"),
     "the first piece is left out": (LONG_ROW, "piece = start + sums // BLOCK_G", "piece = start + 1 + sums // BLOCK_G"),
-    "the last but one adds up": (LONG_ROW, "== num_pieces - 1", "== num_pieces - 2"),
+    "the last but one adds up": (LONG_ROW, "kv_head, num_pieces)", "kv_head, num_pieces - 1)"),
     "heads of another group": ("mixed", "piece * (H_KV * G) + kv_head * G", "piece * (H_KV * G)"),
     "values are not scaled": (HEAD_SCALES, "value_scale / total)[:, None]).to(out_ptr.dtype.element_ty)\n    is_real",
                               "1.0 / total)[:, None]).to(out_ptr.dtype.element_ty)\n    is_real"),
@@ -320,7 +320,9 @@ def test_planted_bugs_are_seen(what, tmp_path):
 
 def test_a_count_that_is_left_is_seen(tmp_path):
     inputs = make_inputs(CASES[LONG_ROW], torch.float16)
-    with planted(module, "tl.store(row_arrived_ptr, 0)", "pass", tmp_path) as copy:
+    counter = "arrived_ptr + first_partial * H_KV + kv_head"
+    code, bug = f"arrives_last({counter}, num_pieces)", f"tl.atomic_add({counter}, 1) == num_pieces - 1"
+    with planted(module, code, bug, tmp_path) as copy:
         launch_plan_attention(inputs.rows)
         copy.launch_paged_attention(*inputs.arguments, merges=True)
         assert inputs.rows.plan.arrived.any()

@@ -216,7 +216,7 @@ def plan_launch(num_rows: int, granule: int, arch: str) -> Launch:
 
 def launch_plan_attention(rows: DeviceRows, *, arch: str | None = None) -> None:
     """The kernel of plan_attention. arch: None for that of the rows."""
-    arch = arch_of(rows.seq_lens) if arch is None else arch
+    arch = arch_of(rows.seq_lens, arch)
     plan, num_rows = rows.plan, rows.seq_lens.shape[0]
     assert num_rows + plan.target_items <= plan.items.shape[0], "the plan was made for fewer rows"
     _plan_kernel[(1,)](

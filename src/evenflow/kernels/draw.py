@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from evenflow.kernels import philox, sampling_table
-from evenflow.kernels.language import arch_of, cdiv, fast_log2, jit, next_power_of_2, tl
+from evenflow.kernels.language import arch_of, cdiv, jit, log2, next_power_of_2, tl
 from evenflow.kernels.sampling import gumbel_argmax, row_max
+from evenflow.kernels.tuning import has_approximate_log2
 
 _LANE = tl.constexpr(philox.LANE)
 _TILE = tl.constexpr(philox.TILE)
@@ -64,21 +65,21 @@ def draw(
 
 
 @jit
-def _log_exponential(words, IS_NVIDIA: tl.constexpr):
+def _log_exponential(words, APPROXIMATE: tl.constexpr):
     """philox.log_exponential_: log(-log(1 - v)), off by 2e-5 at most.
 
     The hardware's logarithm of 1 - v has no relative precision where v is small: that takes the series.
     """
     v = tl.minimum((words.to(tl.float32) + 0.5) * _UNIT, _MOST)
     small = v * (1.0 + v * (0.5 + v * (0.33333334 + v * 0.25)))
-    exponential = tl.where(v < 0.015625, small, fast_log2(1.0 - v, IS_NVIDIA) * -0.6931472)
-    return fast_log2(exponential, IS_NVIDIA) * 0.6931472
+    exponential = tl.where(v < 0.015625, small, log2(1.0 - v, APPROXIMATE) * -0.6931472)
+    return log2(exponential, APPROXIMATE) * 0.6931472
 
 
 @jit
 def _draw_tiles_kernel(
     logits_ptr, params_ptr, slots_ptr, lengths_ptr, thresholds_ptr, best_ptr, index_ptr, row_stride, V,
-    HAS_THRESHOLDS: tl.constexpr, RUNS: tl.constexpr, IS_NVIDIA: tl.constexpr,
+    HAS_THRESHOLDS: tl.constexpr, RUNS: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     """Best score and its index of one tile of RUNS * 256 tokens."""
     tile, row = tl.program_id(0), tl.program_id(1)
@@ -113,10 +114,10 @@ def _draw_tiles_kernel(
             x1 = tl.where(x1 < threshold, -_INF, x1)
             x2 = tl.where(x2 < threshold, -_INF, x2)
             x3 = tl.where(x3 < threshold, -_INF, x3)
-        x0 -= _log_exponential(w0, IS_NVIDIA)
-        x1 -= _log_exponential(w1, IS_NVIDIA)
-        x2 -= _log_exponential(w2, IS_NVIDIA)
-        x3 -= _log_exponential(w3, IS_NVIDIA)
+        x0 -= _log_exponential(w0, APPROXIMATE)
+        x1 -= _log_exponential(w1, APPROXIMATE)
+        x2 -= _log_exponential(w2, APPROXIMATE)
+        x3 -= _log_exponential(w3, APPROXIMATE)
     best, index = _nan_last(x0), first
     best, index = _better(best, index, _nan_last(x1), first + _LANE)
     best, index = _better(best, index, _nan_last(x2), first + 2 * _LANE)
@@ -180,7 +181,6 @@ def launch_draw(
     arch: str | None = None,
 ) -> Tensor:
     """The kernels of draw. arch: None for that of logits."""
-    arch = arch_of(logits) if arch is None else arch
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1
     assert params.is_contiguous()
@@ -194,7 +194,8 @@ def launch_draw(
     index = torch.empty(num_rows, num_tiles, dtype=torch.int32, device=logits.device)
     _draw_tiles_kernel[(num_tiles, num_rows)](
         logits, params, slots, lengths, thresholds, best, index, logits.stride(0), vocab_size,
-        HAS_THRESHOLDS=thresholds is not None, RUNS=runs, IS_NVIDIA=arch.startswith("sm_"), num_warps=num_warps,
+        HAS_THRESHOLDS=thresholds is not None, RUNS=runs, APPROXIMATE=has_approximate_log2(arch_of(logits, arch)),
+        num_warps=num_warps,
     )  # fmt: skip
     stride, length = (0, 0) if token_buffer is None else (token_buffer.stride(0), token_buffer.shape[1])
     _pick_kernel[(num_rows,)](

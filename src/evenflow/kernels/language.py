@@ -23,9 +23,9 @@ except ImportError:
 try:
     _dependent = import_module("triton.language.extra.cuda")
     gdc_wait, gdc_launch_dependents = _dependent.gdc_wait, _dependent.gdc_launch_dependents
-    nvidia_log2 = import_module("triton.language.extra.cuda.libdevice").fast_log2f
+    approximate_log2 = import_module("triton.language.extra.cuda.libdevice").fast_log2f
 except ImportError:
-    gdc_wait = gdc_launch_dependents = nvidia_log2 = None
+    gdc_wait = gdc_launch_dependents = approximate_log2 = None
 
 
 class _Absent:
@@ -64,10 +64,24 @@ def wait_for_previous(PDL: tl.constexpr):
 
 
 @jit
-def fast_log2(x, IS_NVIDIA: tl.constexpr):
-    """The hardware's logarithm to base 2: off by 2.4e-7, absolutely between 1/2 and 2 and relatively elsewhere."""
-    if IS_NVIDIA:
-        y = nvidia_log2(x)
+def arrives_last(arrived_ptr, number):
+    """Count this program, of `number` that share a result; true for the last, which then sees what all of them wrote.
+
+    The count is 0 again after it.
+    """
+    tl.debug_barrier()  # what all threads wrote comes before the count
+    is_last = tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == number - 1
+    if is_last:
+        tl.debug_barrier()  # and nothing is read before it
+        tl.store(arrived_ptr, 0)
+    return is_last
+
+
+@jit
+def log2(x, APPROXIMATE: tl.constexpr):
+    """Logarithm to base 2: the hardware's own, off by 2.4e-7, absolutely between 1/2 and 2 and relatively elsewhere."""
+    if APPROXIMATE:
+        y = approximate_log2(x)
     else:
         y = tl.log2(x)
     return y
@@ -99,6 +113,11 @@ def current_arch() -> str:
     return "" if platform.device == "cpu" else platform.arch
 
 
-def arch_of(x: Any) -> str:
-    """The architecture that a kernel on this tensor runs on; "" for one that is interpreted or simulated."""
+def arch_of(x: Any, arch: str | None = None) -> str:
+    """The architecture that a kernel on this tensor runs on; "" for one that is interpreted or simulated.
+
+    arch: what a launcher was told, which wins.
+    """
+    if arch is not None:
+        return arch
     return current_arch() if x.is_cuda else ""

@@ -15,7 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evenflow.kernels.language import arch_of, dependent_launch, jit, next_power_of_2, tl, wait_for_previous
+from evenflow.kernels.language import (
+    arch_of,
+    arrives_last,
+    dependent_launch,
+    jit,
+    next_power_of_2,
+    tl,
+    wait_for_previous,
+)
 from evenflow.kernels.tuning import FewRowTile, few_row_tiles, own_product_rows, product_tile
 
 ALIGNED = 8  # 16-bit elements of an access of 16 bytes
@@ -35,7 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def is_own_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, arch: str | None = None) -> bool:
     """Is it one that a kernel takes, where that is faster than the library? arch: None for that of x."""
-    arch = arch_of(x) if arch is None else arch
+    arch = arch_of(x, arch)
     num_tokens = x.shape[0]
     if not 0 < num_tokens <= own_product_rows(arch) or bias is not None:
         return False
@@ -101,7 +109,7 @@ def launch_linear(x: Tensor, weight: Tensor, *, arch: str | None = None) -> Tens
         _linear_kernel[(out_features // tile.block_n, num_tokens)](
             x, weight, out, out_features,
             K=in_features, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=1,
-            **dependent_launch(arch_of(x) if arch is None else arch),
+            **dependent_launch(arch_of(x, arch)),
         )  # fmt: skip
     return out
 
@@ -137,10 +145,7 @@ def _few_row_linear_kernel(
         SIZE: tl.constexpr = BLOCK_N * BLOCK_M
         tile_ptrs = sums_ptr + tile * (SPLITS * SIZE) + tokens[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
         tl.store(tile_ptrs + split * SIZE, sums, mask=is_token)
-        tl.debug_barrier()  # what all threads wrote comes before the count
-        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
-            tl.debug_barrier()  # and nothing is read before it
-            tl.store(arrived_ptr + tile, 0)
+        if arrives_last(arrived_ptr + tile, SPLITS):
             total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             for part in tl.static_range(SPLITS):
                 total += tl.load(tile_ptrs + part * SIZE, mask=is_token, other=0.0, cache_modifier=".cg")
@@ -197,7 +202,7 @@ def launch_few_row_linear(
 ) -> Tensor:
     """The kernel of linear for a few tokens in 16 bits, without a bias. arch: None for that of x. tile: to try."""
     (num_tokens, in_features), out_features = x.shape, weight.shape[0]
-    launch = few_row_launch(arch_of(x) if arch is None else arch, num_tokens, out_features, in_features, tile)
+    launch = few_row_launch(arch_of(x, arch), num_tokens, out_features, in_features, tile)
     assert launch is not None, "no tile fits"
     assert weight.shape[1] == in_features
     assert x.dtype == weight.dtype

@@ -29,7 +29,16 @@ import torch
 from torch import Tensor
 
 from evenflow.kernels.attention_plan import ITEM_FIELDS, PROMPT_FIELDS, SPLIT_FIELDS, DeviceRows, Launch
-from evenflow.kernels.language import arch_of, cdiv, dependent_launch, jit, next_power_of_2, tl, wait_for_previous
+from evenflow.kernels.language import (
+    arch_of,
+    arrives_last,
+    cdiv,
+    dependent_launch,
+    jit,
+    next_power_of_2,
+    tl,
+    wait_for_previous,
+)
 from evenflow.kernels.tuning import Tile, decode_tile, merges_in_decode, prefill_tile
 
 LOG2_E = math.log2(math.e)
@@ -192,11 +201,7 @@ def _decode_attention_kernel(
         if MERGES:
             first_partial = tl.load(item_ptr + 6)
             num_pieces = tl.load(item_ptr + 7)
-            row_arrived_ptr = arrived_ptr + first_partial * H_KV + kv_head
-            tl.debug_barrier()  # what all threads wrote comes before the count
-            if tl.atomic_add(row_arrived_ptr, 1, sem="acq_rel", scope="gpu") == num_pieces - 1:
-                tl.debug_barrier()  # and nothing is read before it
-                tl.store(row_arrived_ptr, 0)
+            if arrives_last(arrived_ptr + first_partial * H_KV + kv_head, num_pieces):
                 _merge_row(
                     partials_ptr + first_partial * (H_KV * G * D), stats_ptr + first_partial * (H_KV * G * 2), out_ptr,
                     token, kv_head, num_pieces, value_scale, H_KV, G, D, BLOCK_G, BLOCK_D, BLOCK_P,
@@ -486,7 +491,7 @@ def launch_paged_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.shape[0] == 0:
         return out
-    arch = arch_of(q) if arch is None else arch
+    arch = arch_of(q, arch)
     options = (window, soft_cap, k_scale, v_scale)
     launch_decode_attention(q, kv_cache, rows, out, scale, *options, arch=arch, tile=decode, merges=merges)
     if rows.max_query_len > 1:

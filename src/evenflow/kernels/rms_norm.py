@@ -103,7 +103,7 @@ def launch_rms_norm(x: Tensor, weight: Tensor, eps: float, *, arch: str | None =
     rows, block, num_warps = row_tile(D)
     _rms_norm_kernel[(cdiv(num_rows, rows),)](
         x, weight, out, num_rows, num_heads, x.stride(0), x.stride(1) if x.ndim == 3 else 0, D, eps,
-        ROWS=rows, BLOCK_D=block, num_warps=num_warps, **dependent_launch(arch_of(x) if arch is None else arch),
+        ROWS=rows, BLOCK_D=block, num_warps=num_warps, **dependent_launch(arch_of(x, arch)),
     )  # fmt: skip
     return out
 
@@ -123,6 +123,6 @@ def launch_add_rms_norm(
     rows, block, num_warps = row_tile(D)
     _add_rms_norm_kernel[(cdiv(N, rows),)](
         x, residual, weight, out, total, N, x.stride(0), residual.stride(0), D, eps,
-        ROWS=rows, BLOCK_D=block, num_warps=num_warps, **dependent_launch(arch_of(x) if arch is None else arch),
+        ROWS=rows, BLOCK_D=block, num_warps=num_warps, **dependent_launch(arch_of(x, arch)),
     )  # fmt: skip
     return out, total

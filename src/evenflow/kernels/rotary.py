@@ -179,5 +179,5 @@ def launch_rotary_and_store(
         H=num_heads, HKV=num_kv_heads, D=size, S=block_size, HEADS=heads, BLOCK=block,
         LARGEST=torch.finfo(kv_cache.dtype).max if is_small else 0.0, HAS_SCALE=is_small and k_scale is not None,
         SCALE_STRIDE=int(k_scale is not None and k_scale.numel() > 1), num_warps=num_warps,
-        **dependent_launch(arch_of(qkv) if arch is None else arch),
+        **dependent_launch(arch_of(qkv, arch)),
     )  # fmt: skip

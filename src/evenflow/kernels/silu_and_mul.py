@@ -41,6 +41,6 @@ def launch_silu_and_mul(x: Tensor, *, arch: str | None = None) -> Tensor:
     if N:
         _silu_and_mul_kernel[(N, cdiv(D, BLOCK))](
             x, out, x.stride(0), D,
-            BLOCK=BLOCK, num_warps=NUM_WARPS, **dependent_launch(arch_of(x) if arch is None else arch),
+            BLOCK=BLOCK, num_warps=NUM_WARPS, **dependent_launch(arch_of(x, arch)),
         )  # fmt: skip
     return out

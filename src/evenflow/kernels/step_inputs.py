@@ -109,7 +109,7 @@ def launch_expand_rows(
         query_starts, starts, slots, token_buffer, block_tables, token_ids, positions, store_index,
         num_rows, num_tokens, token_buffer.stride(0), block_tables.stride(0),
         S=block_size, STEPS=steps, BLOCK=BLOCK, num_warps=4,
-        **dependent_launch(arch_of(token_ids) if arch is None else arch),
+        **dependent_launch(arch_of(token_ids, arch)),
     )  # fmt: skip
 
 

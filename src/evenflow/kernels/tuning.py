@@ -111,6 +111,9 @@ MERGING_DECODE: dict[str, bool] = {"sm_": True, "": False}
 # Programmatic dependent launch: elsewhere its instructions do not compile.
 DEPENDENT_LAUNCH: dict[str, bool] = {"sm_9": True, "sm_1": True, "": False}
 
+# Has Triton a logarithm there that is one instruction? AMD's is nearly so.
+APPROXIMATE_LOG2: dict[str, bool] = {"sm_": True, "": False}
+
 # Up to how many rows our products are taken instead of the library's. Elsewhere nothing was measured. On one H200, with
 # 128 rows the library is as fast.
 OWN_PRODUCT_ROWS: dict[str, int] = {"sm_90": 64, "": 0}
@@ -169,6 +172,11 @@ def merges_in_decode(arch: str) -> bool:
 
 def has_dependent_launch(arch: str) -> bool:
     return _by_prefix(DEPENDENT_LAUNCH, arch)
+
+
+@cache
+def has_approximate_log2(arch: str) -> bool:
+    return _by_prefix(APPROXIMATE_LOG2, arch)
 
 
 @cache
