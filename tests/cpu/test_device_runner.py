@@ -13,6 +13,7 @@ from evenflow.engine import building
 from evenflow.kernels.self_check import Comparison
 from evenflow.layers import attention
 from evenflow.layers.attention import SelfAttention
+from evenflow.request import ScheduledRow, StepPlan
 from evenflow.runner import start_check
 from evenflow.runner.device_batch import DeviceSlots
 from evenflow.runner.device_runner import DeviceRunner
@@ -122,6 +123,20 @@ def test_logprobs_of_prompt_and_output(directory, monkeypatch):
                     torch.tensor([x.logprob for x in a.values()]), torch.tensor([x.logprob for x in b.values()])
                 )
     assert found[1].outputs[0].logprobs is None
+
+
+def test_words_beyond_the_rows_that_sample_are_zero():
+    """Of a buffer that a larger step was in: they are read as indices of this step's tokens."""
+    slots = DeviceSlots(4, 64, 16, VOCAB, LazyStream(), 1)
+    rows = [ScheduledRow(slot, 0, 30, True, []) for slot in range(4)]
+    step, buffers = slots.write(StepPlan([], rows, [], []))
+    assert buffers.rows.sample_tokens.tolist() == [29, 59, 89, 119]
+    for is_sampling in (True, False):
+        plan = StepPlan([], [ScheduledRow(0, 30, 32, is_sampling, []), ScheduledRow(1, 30, 33, False, [])], [], [])
+        step, buffers = slots.write(plan)
+        slots.send(step, buffers)
+        assert slots.rows.sample_tokens.tolist() == [1 if is_sampling else 0, 0, 0, 0]
+        assert slots.rows.sample_slots.tolist() == [0, 0, 0, 0]
 
 
 def test_a_row_that_is_not_finite_fails_alone(directory, monkeypatch):

@@ -26,7 +26,8 @@ class RowWords:
     """Views of one buffer of int32 words: what a step says of its N = max_num_seqs rows.
 
     query_starts: [N + 1]; starts, seq_lens, slots: [N]. Of the rows that sample, first: sample_tokens (the index of
-    each one's last token), sample_slots, sample_lengths (prompt and output so far): [N].
+    each one's last token), sample_slots, sample_lengths (prompt and output so far): [N]. Beyond them is 0, an index
+    that padding may be read with.
     """
 
     def __init__(self, words: Tensor, max_num_seqs: int) -> None:
@@ -133,13 +134,16 @@ class DeviceSlots:
         sampling_rows = np.flatnonzero(samples)
         out = words.query_starts.numpy()
         out[:num_rows], out[num_rows:] = query_starts, num_tokens
-        for target, values in ((words.starts, starts), (words.seq_lens, ends), (words.slots, slots)):
+        for target, values in (
+            (words.starts, starts),
+            (words.seq_lens, ends),
+            (words.slots, slots),
+            (words.sample_tokens, query_ends[sampling_rows] - 1),
+            (words.sample_slots, slots[sampling_rows]),
+            (words.sample_lengths, ends[sampling_rows]),
+        ):
             array = target.numpy()
-            array[:num_rows], array[num_rows:] = values, 0
-        num_sampling = len(sampling_rows)
-        words.sample_tokens.numpy()[:num_sampling] = query_ends[sampling_rows] - 1
-        words.sample_slots.numpy()[:num_sampling] = slots[sampling_rows]
-        words.sample_lengths.numpy()[:num_sampling] = ends[sampling_rows]
+            array[: len(values)], array[len(values) :] = values, 0
         max_query_len = int(lens.max())
         return HostStep(slots, starts, ends, query_starts, sampling_rows, num_tokens, max_query_len, counts)
 
