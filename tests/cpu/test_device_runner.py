@@ -17,7 +17,7 @@ from evenflow.request import ScheduledRow, StepPlan
 from evenflow.runner import start_check
 from evenflow.runner.device_batch import DeviceSlots
 from evenflow.runner.device_runner import DeviceRunner
-from evenflow.runner.graphs import Graphs, decode_sizes, mixed_sizes
+from evenflow.runner.graphs import Graphs, Sizes, decode_sizes, mixed_sizes
 
 OPTIONS = {"max_model_len": 128, "max_num_seqs": 6, "kv_cache_memory": "1MiB", "dtype": "float32"}
 
@@ -123,6 +123,69 @@ def test_logprobs_of_prompt_and_output(directory, monkeypatch):
                     torch.tensor([x.logprob for x in a.values()]), torch.tensor([x.logprob for x in b.values()])
                 )
     assert found[1].outputs[0].logprobs is None
+
+
+def steps_of(llm, monkeypatch):
+    """Of every step to come: its Sizes as they are launched, and the tokens that reach the MLP of the last layer."""
+    runner, rows, steps = llm.engine.runner, [], []
+    runner.model.model.layers[-1].mlp.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    run = runner.graphs.run
+
+    def watched(step, forward):
+        hidden = run(step, forward)
+        steps.append((step, rows[-1]))
+        return hidden
+
+    monkeypatch.setattr(runner.graphs, "run", watched)
+    return steps
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_only_rows_pass_through_the_last_layer(directory, monkeypatch, graphs):
+    """Of prompts of 60 tokens in steps of 32, as often as it takes to replay; again after somebody asked for more."""
+    llm = device_llm(directory, monkeypatch, graphs=graphs, max_num_batched_tokens=32, enable_prefix_caching=False)
+    steps = steps_of(llm, monkeypatch)
+    batch = [list(range(3 + i, 63 + i)) for i in range(3)]
+    plain, asking = (
+        SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=wanted, detokenize=False) for wanted in (None, 0)
+    )
+
+    def rows_of_prompts(params):
+        """Tokens; of steps with prompts in them, what reached the last layer's MLP, and whether that is rows alone."""
+        steps.clear()
+        outputs = llm.generate(batch, params, use_tqdm=False)
+        assert all(rows >= step.num_tokens for step, rows in steps if step.max_query_len == 1)
+        return tokens(outputs), {(rows, step.is_sampling_only) for step, rows in steps if step.max_query_len > 1}
+
+    expected = tokens(cpu_llm(directory).generate(batch, plain, use_tqdm=False))
+    for _ in range(3):
+        assert rows_of_prompts(plain) == (expected, {(6, True)})
+    assert rows_of_prompts([asking, asking, asking]) == (expected, {(32, False)})
+    assert set(llm.engine.runner._prompts)  # of slots that nobody has
+    assert rows_of_prompts(plain) == (expected, {(6, True)})
+    # One asks. It is the first to be computed, and goes on beside the prompts of the others.
+    assert rows_of_prompts([asking, plain, plain]) == (expected, {(32, False), (6, True)})
+
+
+def test_a_graph_is_of_one_kind_of_step(directory, monkeypatch):
+    """The same sizes with prompt log-probabilities and without, both replayed."""
+    llm = device_llm(directory, monkeypatch, enable_prefix_caching=False)
+    batch = prompts(4, seed=3)
+    kinds = [
+        SamplingParams(temperature=0, max_tokens=4, logprobs=1, prompt_logprobs=wanted, detokenize=False)
+        for wanted in (None, 1)
+    ]
+    for params in kinds * 4:
+        expected = cpu_llm(directory).generate(batch, params, use_tqdm=False)
+        for theirs, ours in zip(expected, llm.generate(batch, params, use_tqdm=False), strict=True):
+            assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
+            for a, b in zip((ours.prompt_logprobs or [])[1:], (theirs.prompt_logprobs or [])[1:], strict=True):
+                assert {t: x.logprob for t, x in a.items()} == pytest.approx(
+                    {t: x.logprob for t, x in b.items()}, abs=1e-5
+                )
+    recorded = [sizes for sizes in llm.engine.runner.graphs._recorded if sizes.max_query_len > 1]
+    assert [sizes.is_sampling_only for sizes in recorded] == [True, False]
+    assert len({sizes[:3] for sizes in recorded}) == 1
 
 
 def test_words_beyond_the_rows_that_sample_are_zero():
@@ -308,15 +371,15 @@ def test_no_kernel_runs_on_a_cpu(directory, monkeypatch):
 def test_padded_sizes_cover_every_step():
     graphs = Graphs(LazyStream(), 300, is_enabled=True)
     for num_rows in range(1, 301):
-        size, rows, longest = graphs.padded(num_rows, num_rows, 1)
+        size, rows, longest, _ = graphs.padded(Sizes(num_rows, num_rows, 1))
         assert size == rows >= num_rows
         assert longest == 1
         assert size - num_rows <= max(8, num_rows / 4)
     for num_tokens in range(2, 2049):
-        size, rows, longest = graphs.padded(num_tokens, min(num_tokens - 1, 300), num_tokens)
+        size, rows, longest, _ = graphs.padded(Sizes(num_tokens, min(num_tokens - 1, 300), num_tokens))
         assert size >= num_tokens
         assert rows >= min(num_tokens - 1, 300)
         assert longest >= 2
-    assert graphs.padded(2049, 10, 500) is None
+    assert graphs.padded(Sizes(2049, 10, 500)) is None
     assert decode_sizes(300)[-1] == 300
     assert len(decode_sizes(1024)) + len(mixed_sizes()) < 70

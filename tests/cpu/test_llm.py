@@ -10,6 +10,7 @@ from checkpoints import CASES, VOCAB, Checkpoint, make_checkpoint
 
 import evenflow
 from evenflow import LLM, SamplingParams
+from evenflow.runner.model_runner import ModelRunner
 
 BYTES_PER_TOKEN = 3 * 2 * 2 * 16 * 4  # layers, keys and values, heads, head size, float32
 
@@ -95,6 +96,72 @@ def test_shared_beginnings_are_computed_once(llama):
     outputs = llm.generate(PROMPTS[12:], greedy(), use_tqdm=False)
     assert [output.num_cached_tokens for output in outputs] == [0] + [48] * 5
     assert llm.generate(PROMPTS[12:13], greedy(), use_tqdm=False)[0].num_cached_tokens == 48
+
+
+def rows_after_attention(llm: LLM) -> list[tuple[int, int]]:
+    """Of every step to come: tokens that reach the MLP of the first layer, and of the last."""
+    first, steps = [], []
+    layers = llm.engine.runner.model.model.layers
+    layers[0].mlp.register_forward_pre_hook(lambda _, args: first.append(len(args[0])))
+    layers[-1].mlp.register_forward_pre_hook(lambda _, args: steps.append((first[-1], len(args[0]))))
+    return steps
+
+
+def test_only_tokens_that_are_sampled_pass_through_the_last_layer(llama):
+    llm = make_llm(llama.directory, max_num_batched_tokens=20, enable_prefix_caching=False)
+    steps = rows_after_attention(llm)
+    long, short = list(range(3, 53)), [7, 8, 9]
+    expected = [llama.greedy(prompt, 3) for prompt in (long, short)]
+    assert run(llm, [long, short], [greedy(3), greedy(3)]) == expected
+    # 50 prompt tokens in chunks of 20, the last beside 3 of the other request, then decode steps.
+    assert steps == [(20, 0), (20, 0), (13, 2), (2, 2), (2, 2)]
+    steps.clear()
+    asking = greedy(5, prompt_logprobs=1)
+    assert run(llm, [long], [asking])[0][:3] == expected[0]
+    assert steps == [(20, 20), (20, 20), (10, 10)] + [(1, 1)] * 4
+    steps.clear()
+    assert run(llm, [long, short], [greedy(3), greedy(3)]) == expected  # the one that asked has ended
+    assert steps == [(20, 0), (20, 0), (13, 2), (2, 2), (2, 2)]
+    steps.clear()
+    run(llm, [short, long], [asking, greedy(3)])  # it asks in the first step, and goes on beside the other's prompt
+    assert steps == [(20, 20), (20, 1), (15, 2), (2, 2), (2, 2)]
+
+
+def test_logprobs_are_those_of_all_tokens_in_the_last_layer(llama, monkeypatch):
+    """Steps in which some rows ask for prompt log-probabilities, some sample, some do neither."""
+    params = [
+        greedy(12, logprobs=2, prompt_logprobs=1 if i % 4 == 1 else None) if i % 2 else PARAMS[-1 - i]
+        for i in range(len(PROMPTS))
+    ]
+    options = {"max_num_batched_tokens": 24, "max_num_seqs": 5}
+    llm = make_llm(llama.directory, **options)
+    steps = rows_after_attention(llm)
+    found = llm.generate(PROMPTS, params, use_tqdm=False)
+    monkeypatch.setattr(ModelRunner, "_sampling_tokens", lambda self, batch: None)
+    unreduced = make_llm(llama.directory, **options)
+    all_steps = rows_after_attention(unreduced)
+    expected = unreduced.generate(PROMPTS, params, use_tqdm=False)
+    assert all(first == last for first, last in all_steps)
+    for is_met in (
+        [last == 0 for _, last in steps],
+        [0 < last < first for first, last in steps],
+        [first == last > 5 for first, last in steps],  # more tokens than rows: somebody asked
+    ):
+        assert any(is_met)
+    for prompt, ours, theirs in zip(PROMPTS, found, expected, strict=True):
+        assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
+        pairs = zip(
+            (ours.prompt_logprobs or [])[1:] + (ours.outputs[0].logprobs or []),
+            (theirs.prompt_logprobs or [])[1:] + (theirs.outputs[0].logprobs or []),
+            strict=True,
+        )
+        exact = torch.log_softmax(llama.logits(prompt + ours.outputs[0].token_ids).double(), -1)
+        start = 0 if ours.prompt_logprobs else len(prompt) - 1
+        for position, (ours_there, theirs_there) in enumerate(pairs, start):
+            assert list(ours_there) == list(theirs_there)
+            for token_id, entry in ours_there.items():
+                assert entry.logprob == pytest.approx(theirs_there[token_id].logprob, abs=1e-5)
+                assert entry.logprob == pytest.approx(float(exact[position, token_id]), abs=2e-5)
 
 
 def test_logprobs_equal_transformers(llama):

@@ -27,8 +27,11 @@ LENGTHS = (100, 3, 41, 64)
 TOLERANCE = 3e-5
 
 
-def model_logits(directory, sequences: list[list[int]], chunk: int) -> list[torch.Tensor]:
-    """Logits of every position, all sequences in one batch, `chunk` tokens of each per step, on scattered blocks."""
+def model_logits(directory, sequences: list[list[int]], chunk: int, *, only_last: bool = False) -> list[torch.Tensor]:
+    """Logits of every position, all sequences in one batch, `chunk` tokens of each per step, on scattered blocks.
+
+    only_last: of the last position of each alone, and nothing else is wanted of the model.
+    """
     config = ModelConfig.from_hf(json.loads((directory / "config.json").read_text()))
     model = make_model(config, Placement(torch.device("cpu"), torch.float32))
     load_weights(model, directory, is_tied=config.tie_word_embeddings)
@@ -48,12 +51,15 @@ def model_logits(directory, sequences: list[list[int]], chunk: int) -> list[torc
             end = min(start + chunk, len(token_ids))
             if start < end:
                 needed = -(-end // BLOCK_SIZE) - -(-start // BLOCK_SIZE)
-                rows.append(ScheduledRow(slot, start, end, False, [free.pop() for _ in range(needed)]))
+                is_last = end == len(token_ids)
+                rows.append(ScheduledRow(slot, start, end, is_last, [free.pop() for _ in range(needed)]))
         batch = slots.make_batch(rows, config.num_kv_heads, make_workspace(caches[0]))
+        wanted = torch.from_numpy(batch.sampling_tokens) if only_last else None
         with torch.inference_mode():
-            layer_batch = LayerBatch(cos[batch.positions], sin[batch.positions], batch.attention)
+            layer_batch = LayerBatch(cos[batch.positions], sin[batch.positions], batch.attention, wanted)
             out = model.logits(model(batch.token_ids, layer_batch, caches))
-        for row, part in zip(rows, out.split([row.end - row.start for row in rows]), strict=True):
+        counts = [int(row.samples) if only_last else row.end - row.start for row in rows]
+        for row, part in zip(rows, out.split(counts), strict=True):
             logits[row.slot].append(part)
     return [torch.cat(parts) for parts in logits]
 
@@ -84,6 +90,19 @@ def test_products_added_to_the_residual_give_the_same_logits(case, monkeypatch):
     config = json.loads((case.directory / "config.json").read_text())
     has_bias = config.get("attention_bias") and config["model_type"] == "llama"
     assert added or has_bias
+
+
+@pytest.mark.parametrize("rows_to_add", [1 << 62, 1])
+@pytest.mark.parametrize("chunk", [1000, 7])
+def test_wanted_tokens_alone_have_the_same_logits(case, monkeypatch, chunk, rows_to_add):
+    """Of some steps one or all rows, of others none; also where products are added to the residual."""
+    monkeypatch.setattr("evenflow.layers.linear.adding_product_rows", lambda arch: rows_to_add)
+    rng = np.random.default_rng(1)
+    sequences = [rng.integers(0, VOCAB, length).tolist() for length in LENGTHS]
+    found = model_logits(case.directory, sequences, chunk, only_last=True)
+    for token_ids, logits in zip(sequences, found, strict=True):
+        assert len(logits) == 1
+        torch.testing.assert_close(logits, case.logits(token_ids)[-1:], rtol=0, atol=TOLERANCE)
 
 
 def test_the_cases_differ(tmp_path):

@@ -1,6 +1,6 @@
 """Self-attention: projections, optional head norms, rotary embedding, the paged cache."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,24 @@ class LayerBatch:
     """What every layer needs of the step: the rows, and the angles of their tokens.
 
     cos, sin: [T, 1, D // 2] of each token where a CPU computes the step; [positions, D // 2] of all on a device.
+    wanted: [W] indices of the tokens whose hidden states are needed, None for all T. In the last layer the others need
+    keys and values, and nothing after attention.
     """
 
     cos: Tensor
     sin: Tensor
     attention: AttentionBatch | DeviceRows
+    wanted: Tensor | None = None
+
+    def of_layers(self, num_layers: int) -> list["LayerBatch"]:
+        """What each layer is given: only the last may leave tokens out."""
+        return [replace(self, wanted=None)] * (num_layers - 1) + [self]
 
 
 class SelfAttention(nn.Module):
-    """[T, hidden] -> our share of [T, hidden], or None where it was added to the residual, see RowParallelLinear.
+    """x, residual: [T, hidden] -> our share of [W, hidden], and the residual of these tokens, the batch's wanted ones.
+
+    The share is None where it was added to the residual, see RowParallelLinear.
 
     kv_cache: this layer's [num_blocks, 2, Hkv, block_size, head_dim], written first. H and Hkv are this rank's heads; a
     key head that several ranks need is held by each of them. k_scale, v_scale: [1] float32, what the keys and values of
@@ -65,7 +74,7 @@ class SelfAttention(nn.Module):
         for name in ("k_scale", "v_scale"):
             self.register_buffer(name, torch.ones(1, dtype=torch.float32, device=place.device), persistent=False)
 
-    def forward(self, x: Tensor, batch: LayerBatch, kv_cache: Tensor, residual: Tensor | None = None) -> Tensor | None:
+    def forward(self, x: Tensor, batch: LayerBatch, kv_cache: Tensor, residual: Tensor) -> tuple[Tensor | None, Tensor]:
         H, Hkv = self.num_heads, self.num_kv_heads
         qkv = self.qkv_proj(x).view(-1, H + 2 * Hkv, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
@@ -80,8 +89,10 @@ class SelfAttention(nn.Module):
             scales = (self.k_scale, self.v_scale) if kv_cache.dtype.itemsize == 1 else (None, None)
             rotary_and_store(qkv, kv_cache, batch.cos, batch.sin, rows.positions, rows.store_index, H, Hkv, *scales)
             out = device_attention(qkv[:, :H], kv_cache, rows, self.scale, self.window, None, *scales)
-        share: Tensor | None = self.o_proj(out.reshape(-1, H * self.head_dim), residual)
-        return share
+        out = out.reshape(-1, H * self.head_dim)
+        if batch.wanted is not None:
+            out, residual = out.index_select(0, batch.wanted), residual.index_select(0, batch.wanted)
+        return self.o_proj(out, residual), residual
 
 
 def cache_scales(model: nn.Module) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ class Qwen2Layer(nn.Module):
         self, x: Tensor | None, residual: Tensor, batch: LayerBatch, kv_cache: Tensor
     ) -> tuple[Tensor | None, Tensor]:
         x, residual = self.input_layernorm.add_and_norm(x, residual)
-        x = self.self_attn(x, batch, kv_cache, residual)
+        x, residual = self.self_attn(x, batch, kv_cache, residual)
         x, residual = self.post_attention_layernorm.add_and_norm(x, residual)
         return self.mlp(x, residual), residual
 
@@ -46,13 +46,14 @@ class Qwen2Model(nn.Module):
     def forward(self, token_ids: Tensor, batch: LayerBatch, kv_caches: list[Tensor]) -> Tensor:
         x = self.embed_tokens(token_ids)
         residual = torch.zeros_like(x)
-        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            x, residual = layer(x, residual, batch, kv_cache)
+        batches = batch.of_layers(len(kv_caches))
+        for layer, layer_batch, kv_cache in zip(self.layers, batches, kv_caches, strict=True):
+            x, residual = layer(x, residual, layer_batch, kv_cache)
         return self.norm.add_and_norm(x, residual)[0]
 
 
 class Qwen2ForCausalLM(nn.Module):
-    """forward: ids [T] -> hidden [T, hidden]; logits: hidden rows [R, hidden] -> [R, vocab]."""
+    """forward: ids [T] -> hidden [W, hidden], see LayerBatch; logits: hidden rows [R, hidden] -> [R, vocab]."""
 
     def __init__(self, config: ModelConfig, place: Placement) -> None:
         super().__init__()

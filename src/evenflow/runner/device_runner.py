@@ -25,7 +25,7 @@ from evenflow.models import make_model
 from evenflow.request import StepPlan, StepResult, TokenLogprobs, TokenMasks
 from evenflow.runner.device_batch import DeviceSlots, HostBuffers, HostStep
 from evenflow.runner.device_sampler import DeviceSampler, Sampled
-from evenflow.runner.graphs import Graphs, round_up
+from evenflow.runner.graphs import Graphs, Sizes, round_up
 from evenflow.runner.kv_cache import MemoryPlan, make_caches, plan_device_memory
 from evenflow.runner.sampler import to_lists
 from evenflow.runner.start_check import check_at_start
@@ -141,7 +141,7 @@ class DeviceRunner:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         num_rows = min(self.settings.max_num_seqs, self.max_tokens)
-        hidden = self._forward(self.max_tokens, num_rows, self.max_tokens)
+        hidden = self._forward(Sizes(self.max_tokens, num_rows, self.max_tokens))
         logits = self.model.logits(hidden[:num_rows]).float()
         del hidden, logits
         torch.cuda.synchronize()
@@ -197,11 +197,15 @@ class DeviceRunner:
             blocks = torch.tensor(plan.zero_block_ids, device=self.device)
             for kv_cache in self.kv_caches:
                 kv_cache.view(torch.uint8)[blocks] = 0
-        hidden = self.graphs.run(step.num_tokens, len(step.slots), step.max_query_len, self._forward)
-        if self._prompts:
-            self._find_prompt_logprobs(pending, hidden)
+        prompt_ends = self._prompt_ends(step)
+        is_sampling_only = step.max_query_len > 1 and not prompt_ends
+        hidden = self.graphs.run(
+            Sizes(step.num_tokens, len(step.slots), step.max_query_len, is_sampling_only), self._forward
+        )
+        self._find_prompt_logprobs(pending, hidden, prompt_ends)
         if count := len(step.sampling_rows):
-            self._sample(pending, hidden[self.slots.rows.sample_tokens[:count]], masks)
+            sampled = hidden[:count] if is_sampling_only else hidden[self.slots.rows.sample_tokens[:count]]
+            self._sample(pending, sampled, masks)
 
     def _sample(self, pending: Pending, hidden: Tensor, masks: TokenMasks | None) -> None:
         step = pending.step
@@ -212,12 +216,13 @@ class DeviceRunner:
         pending.sampled = self.sampler.draw(logits, step.slots[rows], step.ends[rows], masks)
         pending.buffers.out[: len(rows)].copy_(pending.sampled.token_ids, non_blocking=True)
 
-    def _forward(self, num_tokens: int, num_rows: int, max_query_len: int) -> Tensor:
-        """Hidden states [num_tokens, hidden] of the step whose words are on the device, padded to these sizes.
+    def _forward(self, sizes: Sizes) -> Tensor:
+        """Hidden states [num_tokens or num_rows, hidden] of the step whose words are on the device, padded to `sizes`.
 
         Everything else about the step is read on the device, so that a recording of this serves any step that fits.
         """
         rows, slots = self.slots.rows, self.slots
+        num_tokens, num_rows, max_query_len, is_sampling_only = sizes
         token_ids, positions = self._token_ids[:num_tokens], self._positions[:num_tokens]
         query_starts, row_slots = rows.query_starts[: num_rows + 1], rows.slots[:num_rows]
         store_index = self._store_index[:num_tokens]
@@ -236,19 +241,26 @@ class DeviceRunner:
             plan=self._attention_plan,
         )
         plan_attention(attention)
-        return self.model(token_ids, LayerBatch(self.cos, self.sin, attention), self.kv_caches)
+        wanted = rows.sample_tokens[:num_rows] if is_sampling_only else None
+        return self.model(token_ids, LayerBatch(self.cos, self.sin, attention, wanted), self.kv_caches)
 
-    def _find_prompt_logprobs(self, pending: Pending, hidden: Tensor) -> None:
+    def _prompt_ends(self, step: HostStep) -> dict[int, int]:
+        """Of the rows that ask for log-probabilities of prompt tokens p + 1 in this step: where the positions p end."""
+        if not self._prompts:
+            return {}
+        found = {}
+        for row, (slot, start, end) in enumerate(zip(step.slots.tolist(), step.starts, step.ends, strict=True)):
+            if slot in self._prompts and (last := len(self._prompts[slot][0]) - 1) > start:
+                found[row] = min(int(end), last)
+        return found
+
+    def _find_prompt_logprobs(self, pending: Pending, hidden: Tensor, prompt_ends: dict[int, int]) -> None:
         """Of the rows that ask: for each prompt position p computed in this step, log-probabilities of token p + 1."""
         step = pending.step
-        for row, slot in enumerate(step.slots.tolist()):
-            if slot not in self._prompts:
-                continue
-            prompt, wanted = self._prompts[slot]
-            start, end = int(step.starts[row]), min(int(step.ends[row]), len(prompt) - 1)
-            if end > start:
-                first = int(step.query_starts[row])
-                targets = torch.tensor(prompt[start + 1 : end + 1])
-                pending.prompt_logprobs[row] = self.sampler.prompt_logprob_tensors(
-                    self.model.logits, hidden[first : first + end - start], targets, wanted
-                )
+        for row, end in prompt_ends.items():
+            prompt, wanted = self._prompts[int(step.slots[row])]
+            start, first = int(step.starts[row]), int(step.query_starts[row])
+            targets = torch.tensor(prompt[start + 1 : end + 1])
+            pending.prompt_logprobs[row] = self.sampler.prompt_logprob_tensors(
+                self.model.logits, hidden[first : first + end - start], targets, wanted
+            )

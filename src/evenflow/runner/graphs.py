@@ -6,6 +6,7 @@ recorded. Sizes are few: each costs memory, a moment when it is recorded, and pa
 
 from bisect import bisect_left
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -16,8 +17,20 @@ MAX_GRAPH_TOKENS = 2048
 MAX_DECODE_ROWS = 1024
 MIN_ROWS = 64  # of a step with prompts in it; more go by powers of two: each row costs a few idle programs
 
-Sizes = tuple[int, int, int]  # tokens, rows, longest query
-Forward = Callable[[int, int, int], Tensor]
+
+class Sizes(NamedTuple):
+    """What a step is launched with, and a recording is found by.
+
+    is_sampling_only: hidden states are returned of the rows' sample_tokens, [num_rows, hidden], not of all tokens.
+    """
+
+    num_tokens: int
+    num_rows: int
+    max_query_len: int
+    is_sampling_only: bool = False
+
+
+Forward = Callable[[Sizes], Tensor]
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -40,7 +53,7 @@ def mixed_sizes() -> list[int]:
 
 
 class Graphs:
-    """Runs `forward(num_tokens, num_rows, max_query_len)` of a step, recorded where it pays."""
+    """Runs `forward(sizes)` of a step, recorded where it pays."""
 
     def __init__(self, stream: Stream, max_num_seqs: int, *, is_enabled: bool) -> None:
         self._stream, self._max_num_seqs = stream, max_num_seqs
@@ -59,30 +72,31 @@ class Graphs:
         self.is_enabled = False
         self._recorded.clear()
 
-    def padded(self, num_tokens: int, num_rows: int, max_query_len: int) -> Sizes | None:
+    def padded(self, step: Sizes) -> Sizes | None:
         """The sizes that a step is computed with, or None where it is too large for a graph."""
-        is_decode = max_query_len == 1
+        is_decode = step.max_query_len == 1
         sizes = self._decode_sizes if is_decode else self._mixed_sizes
-        index = bisect_left(sizes, num_tokens)
+        index = bisect_left(sizes, step.num_tokens)
         if index == len(sizes):
             return None
         size = sizes[index]
         if is_decode:
-            return size, size, 1
-        return size, min(max(next_power_of_2(num_rows), MIN_ROWS), size, self._max_num_seqs), size
+            return Sizes(size, size, 1, step.is_sampling_only)
+        rows = min(max(next_power_of_2(step.num_rows), MIN_ROWS), size, self._max_num_seqs)
+        return Sizes(size, rows, size, step.is_sampling_only)
 
-    def run(self, num_tokens: int, num_rows: int, max_query_len: int, forward: Forward) -> Tensor:
-        """Hidden states of at least num_tokens tokens; valid until the next step."""
-        sizes = self.padded(num_tokens, num_rows, max_query_len) if self.is_enabled else None
+    def run(self, step: Sizes, forward: Forward) -> Tensor:
+        """Hidden states of the step, and of what it is padded with; valid until the next step."""
+        sizes = self.padded(step) if self.is_enabled else None
         if sizes is None:
             # Multiples of 16, which Triton compiles once.
-            rows = min(round_up(num_rows, 16), self._max_num_seqs)
-            return forward(round_up(num_tokens, 16), rows, max_query_len)
+            rows = min(round_up(step.num_rows, 16), self._max_num_seqs)
+            return forward(step._replace(num_tokens=round_up(step.num_tokens, 16), num_rows=rows))
         if sizes not in self._recorded:
             if sizes not in self._seen:
                 self._seen.add(sizes)
-                return forward(*sizes)
-            self._recorded[sizes] = self._stream.capture(lambda: forward(*sizes))
+                return forward(sizes)
+            self._recorded[sizes] = self._stream.capture(lambda: forward(sizes))
         graph, hidden = self._recorded[sizes]
         graph.replay()
         self.num_replays += 1

@@ -85,9 +85,11 @@ class ModelRunner:
             for kv_cache in self.kv_caches:
                 kv_cache[plan.zero_block_ids] = 0
         batch = self.slots.make_batch(plan.rows, self.local.num_kv_heads, self.workspace)
-        layer_batch = LayerBatch(self.cos[batch.positions], self.sin[batch.positions], batch.attention)
+        prompt_ends = self._prompt_ends(batch)
+        wanted = None if prompt_ends else self._sampling_tokens(batch)
+        layer_batch = LayerBatch(self.cos[batch.positions], self.sin[batch.positions], batch.attention, wanted)
         hidden = self.model(batch.token_ids, layer_batch, self.kv_caches)
-        prompt_logprobs = self._prompt_logprobs(batch, hidden)
+        prompt_logprobs = self._prompt_logprobs(batch, hidden, prompt_ends)
         errors = {
             row: NOT_FINITE
             for row, found in prompt_logprobs.items()
@@ -95,6 +97,8 @@ class ModelRunner:
         }
         if not len(batch.sampling_rows):
             return StepResult([-1] * len(plan.rows), prompt_logprobs=prompt_logprobs, errors=errors)
+        if wanted is None:
+            hidden = hidden[batch.sampling_tokens]
         return self._sample(batch, hidden, masks, prompt_logprobs, errors)
 
     def _sample(
@@ -107,7 +111,7 @@ class ModelRunner:
     ) -> StepResult:
         rows, slots = batch.sampling_rows, batch.slots[batch.sampling_rows]
         lengths = batch.ends[rows]
-        logits = self.model.logits(hidden[batch.sampling_tokens])
+        logits = self.model.logits(hidden)
         if masks is not None:
             masks = TokenMasks(np.searchsorted(rows, masks.rows).tolist(), masks.bits)  # of the rows that sample
         sampled = self.sampler.sample(logits, slots, lengths, self.slots.token_ids, masks)
@@ -121,18 +125,28 @@ class ModelRunner:
             errors=errors | {int(rows[i]): NOT_FINITE for i in sampled.bad_rows},
         )
 
-    def _prompt_logprobs(self, batch: Batch, hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
+    @staticmethod
+    def _sampling_tokens(batch: Batch) -> Tensor | None:
+        """The tokens whose hidden states are sampled from; None where these are all."""
+        is_all = len(batch.sampling_tokens) == len(batch.token_ids)
+        return None if is_all else torch.from_numpy(batch.sampling_tokens)
+
+    def _prompt_ends(self, batch: Batch) -> dict[int, int]:
+        """Of the rows that ask for log-probabilities of prompt tokens p + 1 in this step: where the positions p end."""
+        ends = np.minimum(batch.ends, self.slots.num_prompt_tokens[batch.slots] - 1)
+        asks = (self.slots.wants_prompt_logprobs[batch.slots] >= 0) & (ends > batch.starts)
+        return {row: int(ends[row]) for row in np.flatnonzero(asks).tolist()}
+
+    def _prompt_logprobs(
+        self, batch: Batch, hidden: Tensor, prompt_ends: dict[int, int]
+    ) -> dict[int, list[TokenLogprobs]]:
         """Of the rows that ask: for each prompt position p computed in this step, log-probabilities of token p + 1."""
-        wanted = self.slots.wants_prompt_logprobs[batch.slots]
         found: dict[int, list[TokenLogprobs]] = {}
-        for row in np.flatnonzero(wanted >= 0).tolist():
-            slot, start = batch.slots[row], int(batch.starts[row])
-            end = min(int(batch.ends[row]), int(self.slots.num_prompt_tokens[slot]) - 1)
-            if end <= start:
-                continue
-            first = int(batch.query_starts[row])
+        for row, end in prompt_ends.items():
+            slot, start, first = batch.slots[row], int(batch.starts[row]), int(batch.query_starts[row])
             targets = torch.from_numpy(self.slots.token_ids[slot, start + 1 : end + 1])
+            wanted = int(self.slots.wants_prompt_logprobs[slot])
             found[row] = self.sampler.prompt_logprobs(
-                self.model.logits, hidden[first : first + end - start], targets, int(wanted[row])
+                self.model.logits, hidden[first : first + end - start], targets, wanted
             )
         return found
