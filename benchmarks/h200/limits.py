@@ -3,6 +3,9 @@
 Bytes go at the rate of a large copy, products at that of a large product, both measured in the same run ("ceilings").
 The two do not overlap here: products wait for whatever takes longer, their weights or their multiplications, and
 attention reads its keys and values after them. A kernel that overlapped them could be faster than this limit.
+
+Only what the answer depends on is counted: in the last layer, prompt tokens that are not sampled from need their keys
+and values, hence those two products and everything before, and neither queries nor anything after them.
 """
 
 from dataclasses import dataclass
@@ -35,23 +38,32 @@ class Limits:
         return 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head_dim * BYTES / self.num_gpus
 
     @property
+    def sampling_weights(self) -> float:
+        """Weights of a layer that in the last one only sampled tokens need: all but those of keys and values."""
+        hidden, inner = SHAPES[self.model]["hidden_size"], SHAPES[self.model]["intermediate_size"]
+        return hidden * (2 * hidden + 3 * inner) / self.num_gpus
+
+    @property
     def layer_weights(self) -> float:
         """Weights of all layers."""
         shape = SHAPES[self.model]
-        hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+        hidden = shape["hidden_size"]
         head_dim = hidden // shape["num_attention_heads"]
-        qkv = hidden + 2 * shape["num_key_value_heads"] * head_dim
-        layer = hidden * (qkv + hidden) + 3 * hidden * inner
-        return shape["num_hidden_layers"] * layer / self.num_gpus
+        kv = hidden * 2 * shape["num_key_value_heads"] * head_dim / self.num_gpus
+        return shape["num_hidden_layers"] * (self.sampling_weights + kv)
 
     @property
     def head_weights(self) -> float:
         return SHAPES[self.model]["vocab_size"] * SHAPES[self.model]["hidden_size"] / self.num_gpus
 
+    def layer_flops(self, num_tokens: float, num_sampled: float) -> float:
+        """Of the layers' products."""
+        return 2 * (self.layer_weights * num_tokens - self.sampling_weights * (num_tokens - num_sampled))
+
     def products_s(self, num_tokens: float, num_sampled: float) -> float:
-        """A step of num_tokens, of which num_sampled need logits."""
-        bytes_moved = BYTES * (self.layer_weights + (self.head_weights if num_sampled else 0))
-        flops = 2 * (self.layer_weights * num_tokens + self.head_weights * num_sampled)
+        """A step of num_tokens, of which num_sampled, at least one, need logits."""
+        bytes_moved = BYTES * (self.layer_weights + self.head_weights)
+        flops = self.layer_flops(num_tokens, num_sampled) + 2 * self.head_weights * num_sampled
         return max(bytes_moved / self.bytes_per_s, flops / self.flops)
 
     def decode_ms(self, batch: int, context: int, num_steps: int) -> float:
@@ -60,17 +72,24 @@ class Limits:
         return 1e3 * (self.products_s(batch, batch) + kv / self.bytes_per_s)
 
     def prefill_ms(self, num_tokens: int, context: int) -> float:
-        """Prompts of `context` tokens, num_tokens together. Of attention, the pairs that the causal mask leaves."""
+        """Prompts of `context` tokens, num_tokens together, whole, each sampled from once.
+
+        Of attention the pairs that the causal mask leaves; in the last layer those of each prompt's last token.
+        """
         shape = SHAPES[self.model]
-        pairs = num_tokens * (context + 1) / 2
-        attention = 4 * pairs * shape["hidden_size"] * shape["num_hidden_layers"] / self.num_gpus
-        return 1e3 * (self.products_s(num_tokens, num_tokens // context) + attention / self.flops)
+        num_prompts = num_tokens // context
+        pairs = num_prompts * ((shape["num_hidden_layers"] - 1) * context * (context + 1) / 2 + context)
+        attention = 4 * pairs * shape["hidden_size"] / self.num_gpus
+        return 1e3 * (self.products_s(num_tokens, num_prompts) + attention / self.flops)
 
     def throughput_s(self) -> float:
-        """The requests of the workload, all admitted at once: steps in which the k-th token of each is computed."""
+        """The requests of the workload, all admitted at once: steps in which the k-th token of each is computed.
+
+        Of prompts the layers' products are counted, of decode steps the head too; the pairs of prompts are not.
+        """
         prompts, outputs = request_lengths()
         running = (outputs[:, None] > np.arange(1, outputs.max())).sum(0)
         decode = sum(self.products_s(n, n) for n in running)
         kv_tokens = float((prompts * outputs + outputs * (outputs - 1) / 2).sum())
-        prefill = 2 * self.layer_weights * float(prompts.sum()) / self.flops
+        prefill = self.layer_flops(float(prompts.sum()), len(prompts)) / self.flops
         return prefill + decode + kv_tokens * self.kv_bytes / self.bytes_per_s
