@@ -113,6 +113,18 @@ def test_however_rows_are_cut(target, granule):
     check(inputs, run(inputs))
 
 
+def is_long_first(items: list[list[int]], target: int, granule: int) -> bool:
+    """By halves, quarters and eighths of the length that is aimed at."""
+    num_keys = sum(end - start for _, _, start, end, *_ in items)
+    chunk = max(-(-num_keys // target), 1)
+    chunk = -(-chunk // granule) * granule
+    longest: dict[int, int] = {}
+    for token, _, start, end, *_ in items:
+        longest[token] = max(longest.get(token, 0), -(-(end - start) // granule) * granule)
+    levels = [sum(longest[token] <= chunk // part for part in (2, 4, 8)) for token, *_ in items]
+    return levels == sorted(levels)
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_the_plan_covers_every_key_once(seed):
     """Pieces of a row follow each other without a gap, partials are numbered without one, and bounds hold."""
@@ -131,7 +143,9 @@ def test_the_plan_covers_every_key_once(seed):
     assert num_splits <= len(plan.splits)
     pieces: dict[int, list[list[int]]] = {}
     of_rows: dict[int, set[tuple[int, int]]] = {}
-    for item in plan.items[:num_items].tolist():
+    items = plan.items[:num_items].tolist()
+    assert is_long_first(items, target, granule=16)
+    for item in sorted(items, key=lambda item: (item[0], item[2])):
         pieces.setdefault(item[0], []).append(item[1:6])
         of_rows.setdefault(item[0], set()).add(tuple(item[6:8]))
     starts, slots = rows.query_starts.tolist(), rows.slots.tolist()

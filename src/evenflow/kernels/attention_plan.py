@@ -28,6 +28,7 @@ DEFAULT_MULTIPROCESSORS = 108
 # the first partial and the number of them.
 ITEM_FIELDS = 8
 SPLIT_FIELDS = 4  # token, first partial, number of partials
+LEVELS = tl.constexpr(4)  # of length, by which pieces are ordered
 PROMPT_FIELDS = 8  # prompt queries before it, first token, queries, keys, slot
 
 
@@ -35,15 +36,15 @@ PROMPT_FIELDS = 8  # prompt queries before it, first token, queries, keys, slot
 class AttentionPlan:
     """What a step's rows are cut into. Memory is allocated once; plan_attention fills it.
 
-    items: [max_items, 8] int32, a piece each: query token, row of the block tables, first key, end of keys, keys of
-    the row, index of its partial sums (-1: it is its row's only piece), the first one of its row, their number. splits:
-    [max_splits, 4] int32, a row of several pieces each: query token, first partial, number of partials. prompts:
-    [max_rows, 8] int32, a row of several queries each: queries of the prompts before it, first query token, queries,
-    keys, row of the block tables. counts: [4] int32, items, splits and prompts in use, and the queries of all prompts.
-    partials: [max_partials, H, D] float32, and stats: [max_partials, H, 2] float32, maximum and sum of the weights.
-    arrived: [max_partials, Hkv] int32, zeros between launches, how many pieces of the row whose first partial it is are
-    written. target_items: pieces aimed at. granule: keys that a piece's length is a multiple of. num_programs: that
-    share the prompts' queries, or the split rows.
+    items: [max_items, 8] int32, a piece each, long ones first: query token, row of the block tables, first key, end of
+    keys, keys of the row, index of its partial sums (-1: it is its row's only piece), the first one of its row, their
+    number. splits: [max_splits, 4] int32, a row of several pieces each: query token, first partial, number of partials.
+    prompts: [max_rows, 8] int32, a row of several queries each: queries of the prompts before it, first query token,
+    queries, keys, row of the block tables. counts: [4] int32, items, splits and prompts in use, and the queries of all
+    prompts. partials: [max_partials, H, D] float32, and stats: [max_partials, H, 2] float32, maximum and sum of the
+    weights. arrived: [max_partials, Hkv] int32, zeros between launches, how many pieces of the row whose first partial
+    it is are written. target_items: pieces aimed at. granule: keys that a piece's length is a multiple of.
+    num_programs: that share the prompts' queries, or the split rows.
     """
 
     items: Tensor
@@ -92,14 +93,15 @@ def make_plan(
 ) -> AttentionPlan:
     """Allocate the work lists of steps of at most max_rows rows. The options after arch are for tests and tuning.
 
-    A device of P multiprocessors gets about num_resident * waves * P / Hkv pieces (tuning.SPLITS), each run by Hkv
-    programs. There are never more than target_items pieces on top of one a row, nor more than twice target_items that
-    belong to rows of several pieces.
+    A device of P multiprocessors gets about num_resident * waves * P / Hkv pieces (tuning.SPLITS), but P / 2 at least,
+    each run by Hkv programs. There are never more than target_items pieces on top of one a row, nor more than twice
+    target_items that belong to rows of several pieces.
     """
     split = split_of(arch or current_arch())
-    num_resident = split.num_resident * _num_multiprocessors(torch.device(device))
+    num_multiprocessors = _num_multiprocessors(torch.device(device))
+    num_resident = split.num_resident * num_multiprocessors
     if target_items is None:
-        target_items = max(num_resident * split.waves // num_kv_heads, 1)
+        target_items = max(num_resident * split.waves // num_kv_heads, num_multiprocessors // 2, 1)
     max_items = max_rows + target_items
     max_partials = min(max_items, 2 * target_items)
     return AttentionPlan(
@@ -161,11 +163,21 @@ def _plan_kernel(
     piece_len = tl.maximum(tl.cdiv(tl.cdiv(length, aim), GRANULE), 1) * GRANULE
     pieces = tl.cdiv(length, piece_len)
     is_split = pieces > 1
-    first_item = tl.cumsum(pieces, axis=0) - pieces
+    # Long pieces first, so that only short ones run when most of the GPU is idle already. Level 0: more than half a
+    # chunk, 1: more than a quarter, and so on.
+    level = tl.zeros([BLOCK_R], tl.int32)
+    for shift in tl.static_range(1, LEVELS):
+        level += (piece_len <= chunk >> shift).to(tl.int32)
+    first_item = tl.zeros([BLOCK_R], tl.int32)
+    num_items = 0
+    for this in tl.static_range(LEVELS):
+        number = tl.where(level == this, pieces, 0)
+        first_item += tl.where(level == this, num_items + tl.cumsum(number, axis=0) - number, 0)
+        num_items += tl.sum(number, axis=0)
     partials = tl.where(is_split, pieces, 0)
     first_partial = tl.cumsum(partials, axis=0) - partials
     split = tl.cumsum(is_split.to(tl.int32), axis=0) - is_split.to(tl.int32)
-    tl.store(counts_ptr, tl.sum(pieces, axis=0))
+    tl.store(counts_ptr, num_items)
     tl.store(counts_ptr + 1, tl.sum(is_split.to(tl.int32), axis=0))
     split_ptrs = splits_ptr + split * SPLIT_FIELDS
     tl.store(split_ptrs, token, mask=is_split)

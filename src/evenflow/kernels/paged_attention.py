@@ -154,13 +154,16 @@ def _decode_attention_kernel(
 ):  # fmt: skip
     """Program (item, key head): the group's G queries of one token over the keys [first, last) of its sequence.
 
-    MERGES: the last of a row's pieces adds all of them up, in their order, so that it does not matter which is last.
+    The heads of an item run side by side: their pages are neighbours, and few of the GPU's address translations are in
+    use at a time. MERGES: the last of a row's pieces adds all of them up, in their order, so that it does not matter
+    which is last.
     """
     wait_for_previous(PDL)
-    kv_head = tl.program_id(1)
-    if tl.program_id(0) >= tl.load(counts_ptr):
+    item = tl.program_id(0) // H_KV
+    kv_head = tl.program_id(0) % H_KV
+    if item >= tl.load(counts_ptr):
         return
-    item_ptr = items_ptr + tl.program_id(0) * ITEM_FIELDS
+    item_ptr = items_ptr + item * ITEM_FIELDS
     token = tl.load(item_ptr).to(tl.int64)
     slot = tl.load(item_ptr + 1).to(tl.int64)
     first = tl.load(item_ptr + 2)
@@ -519,7 +522,7 @@ def launch_decode_attention(
     shape, plan = _shape_of(q, kv_cache, window, soft_cap, k_scale, v_scale), rows.plan
     assert plan.partials.shape[1:] == q.shape[1:], "the plan was made for other heads"
     num_items = rows.seq_lens.shape[0] + plan.target_items
-    _decode_attention_kernel[(num_items, shape.num_kv_heads)](
+    _decode_attention_kernel[(num_items * shape.num_kv_heads,)](
         q, kv_cache, out, rows.block_tables, plan.items, plan.counts, plan.partials, plan.stats, plan.arrived, k_scale,
         v_scale, scale * LOG2_E, q.stride(0), rows.block_tables.stride(0),
         **decode_launch(shape, arch, tile, merges=merges).arguments,

@@ -101,7 +101,7 @@ FLOAT32_TILES: dict[str, Tile] = {
 }
 SPLITS: dict[str, Split] = {
     "gfx": Split(num_resident=8, waves=2, granule=64),
-    "": Split(num_resident=4, waves=4, granule=64),
+    "": Split(num_resident=4, waves=3, granule=64),
 }
 
 # Does the last piece of a decode row add all of them up? It counts on the order of memory that a device-wide acquire
