@@ -64,6 +64,18 @@ def wait_for_previous(PDL: tl.constexpr):
 
 
 @jit
+def fetch_ahead(ptrs, PDL: tl.constexpr):
+    """Have the lines of 128 bytes that are pointed to, one each, brought to the L2 cache; nothing unless PDL.
+
+    For what a kernel reads first after it has waited. More than that would be in the way of the kernel it waits for.
+    """
+    if PDL:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs.to(tl.int64)], tl.int32, is_pure=False, pack=1
+        )
+
+
+@jit
 def arrives_last(arrived_ptr, number):
     """Count this program, of `number` that share a result; true for the last, which then sees what all of them wrote.
 

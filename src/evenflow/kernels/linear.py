@@ -19,6 +19,7 @@ from evenflow.kernels.language import (
     arch_of,
     arrives_last,
     dependent_launch,
+    fetch_ahead,
     jit,
     next_power_of_2,
     tl,
@@ -27,6 +28,7 @@ from evenflow.kernels.language import (
 from evenflow.kernels.tuning import FewRowTile, few_row_tiles, own_product_rows, product_tile
 
 ALIGNED = 8  # 16-bit elements of an access of 16 bytes
+_LINE = tl.constexpr(64)  # 16-bit elements of a cache line of 128 bytes
 MIN_ROWS = 16  # of a tile, which is what matrix units take
 MIN_STEPS = 4  # of a program over K: fewer do not pay for its beginning and its end
 NUM_SPLITS = (4, 2, 1)
@@ -123,19 +125,22 @@ def _few_row_linear_kernel(
 
     The last of a tile's programs adds all of them up, in their order, so that it does not matter which is last.
     """
-    wait_for_previous(PDL)
     tile = tl.program_id(0)
     split = tl.program_id(1)
+    num_steps = K // BLOCK_K
+    first_step = split * num_steps // SPLITS
     outs = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_K)
     is_token = (tokens < num_tokens)[None, :]
-    weight_ptrs = weight_ptr + outs.to(tl.int64)[:, None] * K + cols[None, :]
+    row_ptrs = weight_ptr + outs.to(tl.int64)[:, None] * K
+    weight_ptrs = row_ptrs + cols[None, :]
+    fetch_ahead(row_ptrs + (first_step * BLOCK_K + tl.arange(0, BLOCK_K // _LINE) * _LINE)[None, :], PDL)
+    wait_for_previous(PDL)
     x_ptrs = x_ptr + tokens[None, :] * K + cols[:, None]
     out_ptrs = out_ptr + tokens[None, :] * out_stride + outs[:, None]
-    num_steps = K // BLOCK_K
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for step in range(split * num_steps // SPLITS, (split + 1) * num_steps // SPLITS):
+    for step in range(first_step, (split + 1) * num_steps // SPLITS):
         weight = tl.load(weight_ptrs + step * BLOCK_K)
         x = tl.load(x_ptrs + step * BLOCK_K, mask=is_token, other=0.0)
         sums = tl.dot(weight, x, sums)
