@@ -81,7 +81,7 @@ def test_tokens_depend_on_the_request_alone(llama, expected, options):
 def test_preemption_changes_nothing(llama, expected, prefix_caching):
     llm = make_llm(
         llama.directory,
-        kv_cache_memory=str(BYTES_PER_TOKEN * 160),
+        kv_cache_memory=str(BYTES_PER_TOKEN * 132),
         max_model_len=120,
         enable_prefix_caching=prefix_caching,
         block_size=4,
@@ -192,7 +192,7 @@ def test_prompt_logprobs_survive_chunks_prefix_cache_and_preemption(llama):
     alone = [make_llm(llama.directory).generate(p, params[0], use_tqdm=False)[0] for p in PROMPTS[:6]]
     llm = make_llm(
         llama.directory,
-        kv_cache_memory=str(BYTES_PER_TOKEN * 160),
+        kv_cache_memory=str(BYTES_PER_TOKEN * 132),
         max_model_len=120,
         max_num_batched_tokens=13,
         block_size=4,

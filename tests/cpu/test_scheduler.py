@@ -114,12 +114,27 @@ class TestPolicy:
 
 class TestPreemption:
     def preempting(self) -> Scheduler:
-        """a and b fill the pool; b must give way in the next step."""
-        scheduler = make_scheduler(num_blocks=4)
+        """a and b leave one block; in the next step both need one, and b must give way."""
+        scheduler = make_scheduler(num_blocks=5)
         for name in "ab":
             scheduler.add(make_request(name, 8))
         assert step(scheduler)[0] == [("a", 0, 8), ("b", 0, 8)]
         return scheduler
+
+    def test_nobody_is_admitted_into_the_blocks_that_the_running_need_next(self):
+        """One each. Before, the newcomer was preempted as soon as they grew."""
+        scheduler = make_scheduler(num_blocks=6, max_num_batched_tokens=64)
+        for name, prompt in zip("abc", (8, 7, 3), strict=True):
+            scheduler.add(make_request(name, prompt, max_tokens=2))
+        assert step(scheduler)[0] == [("a", 0, 8), ("b", 0, 7)]
+        assert step(scheduler)[0] == [("a", 8, 9), ("b", 7, 8)]
+        assert step(scheduler)[0] == [("c", 0, 3)]
+        assert scheduler.num_preemptions == 0
+
+    def test_a_pool_that_one_prompt_fills_runs_it(self):
+        scheduler = make_scheduler(num_blocks=4)
+        scheduler.add(make_request("a", 15, max_tokens=1))
+        assert step(scheduler)[0] == [("a", 0, 15)]
 
     def test_the_youngest_gives_way_and_is_computed_again_with_its_output(self):
         scheduler = self.preempting()
@@ -335,7 +350,7 @@ class TestOverlap:
         assert not scheduler.has_unfinished
 
     def test_a_preempted_request_waits_for_its_token(self):
-        scheduler = make_scheduler(num_blocks=4)
+        scheduler = make_scheduler(num_blocks=5)
         for name in "ab":
             scheduler.add(make_request(name, 8))
         first = scheduler.schedule()

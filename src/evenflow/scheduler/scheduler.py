@@ -144,7 +144,10 @@ class Scheduler:
     def _admit_waiting(
         self, rows: list[ScheduledRow], requests: list[Request], admitted: list[AdmittedRequest], budget: int
     ) -> None:
-        """Admit from the head of the queue while slots, budget and blocks last; nobody overtakes."""
+        """Admit from the head of the queue while slots, budget and blocks last; nobody overtakes.
+
+        A block for each running request stays free: who is admitted into the last ones is soon preempted.
+        """
         while self.waiting and budget and self._free_slots:
             request = self.waiting[0]
             if request.num_inflight_tokens:
@@ -156,7 +159,8 @@ class Scheduler:
             if end < num_total and not self.enable_chunked_prefill:
                 return
             num_new = self._num_blocks_to_admit(end) - len(hits)
-            if num_new > self.pool.num_free - sum(self.pool.references[block] == 0 for block in hits):
+            num_free = self.pool.num_free - sum(self.pool.references[block] == 0 for block in hits)
+            if num_new + len(self.running) > num_free:
                 return
             self.waiting.popleft()
             self._admit(request, hits, num_new)
