@@ -137,8 +137,11 @@ class Resolution:
     reasons: dict[str, str]
 
 
-def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Resolution:
-    """Decide everything that the user left open. A pure function; raises ValueError that names the setting."""
+def resolve(config: EngineConfig, model: ModelConfig, platform: Platform, *, is_offline: bool = False) -> Resolution:
+    """Decide everything that the user left open. A pure function; raises ValueError that names the setting.
+
+    is_offline: nobody waits for a single token, only for all of them.
+    """
     reasons = {
         f.name: "asked for" if getattr(config, f.name) != f.default else "default" for f in dataclasses.fields(config)
     }
@@ -176,6 +179,8 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Res
     if not on_gpu:
         for name in ("enable_overlap", "enable_graphs", "enable_custom_all_reduce"):
             reasons[name] = "of no use on a CPU"
+    if is_offline and is_large:
+        decide("max_num_batched_tokens", 8192, "soon everything runs side by side, and nobody waits for one token")
     decide("max_num_batched_tokens", 2048, "keeps a step short and the matrix units busy")
     if not config.enable_chunked_prefill and values["max_num_batched_tokens"] < values["max_model_len"]:
         if config.max_num_batched_tokens is not None:

@@ -36,7 +36,7 @@ class LLM:
             raise ValueError(f"LLM has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}")
         self.config = EngineConfig(model=model, **options)
         opened = open_model(self.config)
-        self.resolution: Resolution = resolve_settings(self.config, opened.model_config)
+        self.resolution: Resolution = resolve_settings(self.config, opened.model_config, is_offline=True)
         self.model_config = opened.model_config
         built = build_engine(self.resolution.settings, opened)
         self.engine, self.settings = built.engine, built.settings

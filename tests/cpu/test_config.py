@@ -26,6 +26,7 @@ QWEN3 = LLAMA | {"model_type": "qwen3", "num_key_value_heads": 8}
 GPU = Platform("gpu", "cuda", "any", 32, "float8_e4m3fn", 2**16, True, 2**36, "bfloat16")
 FNUZ = dataclasses.replace(GPU, fp8_dtype="float8_e4m3fnuz")
 SEVERAL = dataclasses.replace(GPU, num_devices=8, peer_sum_sizes=(2,))
+SMALL = dataclasses.replace(GPU, memory_bytes=2**34)
 OLD = dataclasses.replace(GPU, name="old GPU", arch="older", fp8_dtype=None)
 CPU = cpu.detect()
 
@@ -80,6 +81,22 @@ def test_resolution_is_complete_and_says_why():
 def test_resolution(options, platform, field, value):
     config = EngineConfig(model="m", **options)
     assert getattr(resolve(config, ModelConfig.from_hf(LLAMA), platform).settings, field) == value
+
+
+@pytest.mark.parametrize(
+    ("options", "platform", "is_offline", "tokens"),
+    [
+        ({}, GPU, True, 8192),
+        ({}, GPU, False, 2048),
+        ({}, SMALL, True, 2048),
+        ({}, CPU, True, 2048),
+        ({"max_num_batched_tokens": 512}, GPU, True, 512),
+    ],
+)
+def test_steps_are_large_where_nobody_waits_for_a_token(options, platform, is_offline, tokens):
+    config = EngineConfig(model="m", **options)
+    resolution = resolve(config, ModelConfig.from_hf(LLAMA), platform, is_offline=is_offline)
+    assert resolution.settings.max_num_batched_tokens == tokens
 
 
 @pytest.mark.parametrize(

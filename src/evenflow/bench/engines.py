@@ -68,7 +68,7 @@ def resolved(model: str, options: dict[str, Any]) -> "tuple[ModelConfig, Setting
 
     config = EngineConfig(**engine_options(model, dict(options)))
     model_config = open_model(config).model_config
-    return model_config, resolve_settings(config, model_config).settings
+    return model_config, resolve_settings(config, model_config, is_offline=True).settings
 
 
 @contextmanager

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.explain:
-        return explain(engine_config(args))
+        return explain(engine_config(args), is_offline=True)
     config = engine_config(args)
     wanted = {"max_tokens": None, **given(args, "sampling_")}  # an answer may be as long as the context
     llm = open_llm(config.model, {k: v for k, v in given(args, "engine_").items() if k != "model"}, args.verbose)

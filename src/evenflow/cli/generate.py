@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.explain:
-        return explain(engine_config(args))
+        return explain(engine_config(args), is_offline=True)
     prompts = read_prompts(args)
     config, wanted = engine_config(args), given(args, "sampling_")
     llm = open_llm(config.model, {k: v for k, v in given(args, "engine_").items() if k != "model"}, args.verbose)

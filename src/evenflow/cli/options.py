@@ -99,14 +99,14 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     return EngineConfig(**given(args, "engine_"))
 
 
-def explain(config: EngineConfig) -> int:
-    """Every setting, its value and the reason of it, as a table on standard output."""
+def explain(config: EngineConfig, *, is_offline: bool) -> int:
+    """Every setting, its value and the reason of it, as a table on standard output. is_offline: of an LLM."""
     from rich.console import Console
     from rich.table import Table
 
     from evenflow.engine.opening import open_model, resolve_settings
 
-    resolution = resolve_settings(config, open_model(config).model_config)
+    resolution = resolve_settings(config, open_model(config).model_config, is_offline=is_offline)
     table = Table("setting", "value", "why")
     for name, reason in resolution.reasons.items():
         table.add_row(name, str(getattr(resolution.settings, name)), reason)

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if replicas and "replicas" not in replicas:
         raise ValueError(f"--{next(iter(replicas)).replace('_', '-')} is for replicas on Ray; add --replicas N")
     if args.explain:
-        return explain(engine)
+        return explain(engine, is_offline=False)
     from evenflow.server.serving import configure_logging, serve
 
     configure_logging(server)

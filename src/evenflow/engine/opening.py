@@ -48,9 +48,9 @@ def open_model(config: EngineConfig) -> OpenedModel:
     )
 
 
-def resolve_settings(config: EngineConfig, model_config: ModelConfig) -> Resolution:
+def resolve_settings(config: EngineConfig, model_config: ModelConfig, *, is_offline: bool = False) -> Resolution:
     """What will run on this machine. Raises ValueError that names the setting at fault."""
-    return resolve(config, model_config, detect(config.device))
+    return resolve(config, model_config, detect(config.device), is_offline=is_offline)
 
 
 def _default_params(directory: Path, generation_config: dict[str, Any]) -> SamplingParams:
