@@ -21,7 +21,7 @@ PROMPTS = [ONCE, "The fox", "A wolf, meeting with a lamb", "In the woods", ONCE 
 def llm():
     """A pool in which the mix must be preempted now and then."""
     return LLM(
-        "demo", max_num_batched_tokens=16, max_num_seqs=4, block_size=4, kv_cache_memory="256KiB", max_model_len=36
+        "demo", max_num_batched_tokens=16, max_num_seqs=4, block_size=2, kv_cache_memory="224KiB", max_model_len=36
     )
 
 
