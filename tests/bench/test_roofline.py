@@ -87,7 +87,7 @@ def simulated(lengths, work, machine, max_num_seqs, budget, capacity):
             count = 1 if row[0] >= row[1] else min(left, row[1] - row[0])
             left -= count
             for window in windows:
-                num_bytes += work.layer_kv_bytes * (row[0] if window is None else min(row[0], _keys(row, window)))
+                num_bytes += work.layer_kv_bytes * (row[0] if window is None else min(row[0], window - 1))
                 for token in range(row[0], row[0] + count):
                     seen = token + 1 if window is None else min(token + 1, window)
                     flops += 4 * work.model.num_heads * work.model.head_dim * seen
@@ -98,10 +98,6 @@ def simulated(lengths, work, machine, max_num_seqs, budget, capacity):
         total_s += max(num_bytes / machine.bandwidth_bytes_per_s, flops / machine.flops)
         running = [row for row in running if row[0] < row[1] + row[2] - 1]
     return total_s
-
-
-def _keys(row, window):
-    return window - 1 if row[0] >= row[1] else window  # a decoding row's own key is not read
 
 
 @pytest.mark.parametrize("model", [tiny(), tiny(model_type="mistral", sliding_window=9)], ids=["full", "window"])

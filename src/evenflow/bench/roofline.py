@@ -119,7 +119,7 @@ class Work:
             limit = context + count if window is None else window
             growing = min(max(limit - context, 0), count)  # tokens whose view still grows
             pairs += layers * (growing * context + growing * (growing + 1) // 2 + (count - growing) * limit)
-            keys += layers * min(context, limit)
+            keys += layers * min(context, limit - 1)  # the first token's own is not read
         return pairs, keys
 
     def cost(self, tokens: int, sampled: int, pairs: int, keys: int) -> tuple[float, float]:
