@@ -91,6 +91,13 @@ class ModelConfig:
         return attention + 3 * self.hidden_size * self.intermediate_size + biases + norms
 
     @property
+    def num_layer_kv_parameters(self) -> int:
+        """Of a layer's parameters, those that its keys and values come from: two projections, and the norms there."""
+        kv_size = self.num_kv_heads * self.head_dim
+        norms = self.hidden_size + (self.head_dim if self.model_type == "qwen3" else 0)
+        return 2 * kv_size * (self.hidden_size + self.qkv_bias) + norms
+
+    @property
     def num_parameters(self) -> int:
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return embeddings + self.num_layers * self.num_layer_parameters + self.hidden_size

@@ -40,15 +40,16 @@ def tiny(**changes):
     return ModelConfig.from_hf(hf)
 
 
-# A layer: q and o 64 each, k and v 32 each, the gated layer 3 * 128, two norms of 8: 592. Two layers 1,184; head 800.
-BODY, HEAD = 2 * (2 * 64 + 2 * 32 + 3 * 128 + 16), 800
+# A layer: q and o 64 each, k and v 32 each, the gated layer 3 * 128, two norms of 8: 592. Every token needs the first
+# norm, k and v of the last one: 72. The vocabulary 800.
+BODY, TOP = 592 + 72, 592 - 72 + 800
 MACHINE = Machine("m", bandwidth_bytes_per_s=1000.0, flops=50_000.0, memory_bytes=10**6)
 
 
 def test_parameters_and_bytes_by_hand():
     work = Work.of(tiny(), "bfloat16")
-    assert (work.body, work.head) == (BODY, HEAD) == (1184, 800)
-    assert work.read_bytes == 2 * 1984
+    assert (work.body, work.top) == (BODY, TOP) == (664, 1320)
+    assert work.read_bytes == 2 * 1984  # two layers and the vocabulary
     assert work.layer_kv_bytes == 2 * 2 * 2 * 2  # k and v, 2 heads of 2, 2 bytes
     assert Work.of(tiny(), "bfloat16", "float8_e4m3fn").layer_kv_bytes == 8
 
@@ -58,9 +59,9 @@ def test_one_request_by_hand():
     limit = offline_limit([(3, 2)], Work.of(tiny(), "bfloat16"), MACHINE)
     kv = 16 * 2  # bytes a token, both layers
     first_bytes, second_bytes = 2 * 1984 + 3 * kv, 2 * 1984 + (3 + 1) * kv
-    pairs = 2 * (1 + 2 + 3)  # over both layers
-    first_flops = 2 * 1184 * 3 + 2 * 800 + 4 * 4 * 2 * pairs
-    second_flops = 2 * 1184 + 2 * 800 + 4 * 4 * 2 * (2 * 4)
+    pairs = (1 + 2 + 3) + 3  # in the last layer, of the third token
+    first_flops = 2 * 664 * 3 + 2 * 1320 + 4 * 4 * 2 * pairs
+    second_flops = 2 * 664 + 2 * 1320 + 4 * 4 * 2 * (2 * 4)
     assert (limit.prefill.num_steps, limit.decode.num_steps) == (1, 1)
     assert (limit.prefill.num_bytes, limit.prefill.flops) == (first_bytes, first_flops)
     assert (limit.decode.num_bytes, limit.decode.flops) == (second_bytes, second_flops)
@@ -73,45 +74,110 @@ def test_one_request_by_hand():
     assert limit.binding == "memory bandwidth"
 
 
-def simulated(lengths, work, machine, max_num_seqs, budget, capacity):
-    """The same batches, one token at a time, with nothing clever."""
-    layers, windows = work.model.num_layers, work.model.windows
-    waiting, running, total_s = list(lengths), [], 0.0
+def test_a_prompt_in_two_chunks_by_hand():
+    """5 prompt tokens, 3 a step: the first step samples nothing, and reads neither TOP nor, in the last layer, keys."""
+    limit = offline_limit([(5, 1)], Work.of(tiny(), "bfloat16"), MACHINE, max_num_batched_tokens=3)
+    first_bytes, second_bytes = 2 * 664 + 16 * 2 * 3, 2 * 1984 + 16 * 2 * (2 + 3)
+    first_flops = 2 * 664 * 3 + 4 * 4 * 2 * (1 + 2 + 3)
+    second_flops = 2 * 664 * 2 + 2 * 1320 + 4 * 4 * 2 * ((4 + 5) + 5)
+    assert (limit.prefill.num_steps, limit.decode.num_steps) == (2, 0)
+    assert limit.prefill.num_bytes == first_bytes + second_bytes
+    assert limit.prefill.flops == first_flops + second_flops
+
+
+def layer_parts(model):
+    """Parameters of each part of a layer."""
+    hidden, inner = model.hidden_size, model.intermediate_size
+    q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    head_norm = model.head_dim * (model.model_type == "qwen3")
+    return {
+        "input_layernorm": hidden,
+        "q_proj": (hidden + model.qkv_bias) * q,
+        "k_proj": (hidden + model.qkv_bias) * kv,
+        "v_proj": (hidden + model.qkv_bias) * kv,
+        "q_norm": head_norm,
+        "k_norm": head_norm,
+        "o_proj": (q + model.attention_out_bias) * hidden,
+        "post_attention_layernorm": hidden,
+        "gate_proj": (hidden + model.mlp_bias) * inner,
+        "up_proj": (hidden + model.mlp_bias) * inner,
+        "down_proj": (inner + model.mlp_bias) * hidden,
+    }
+
+
+def counted(model, chunks):
+    """(bytes, flops) of a step in bfloat16, token by token and layer by layer. chunks: (start, end, prompt length).
+
+    A token's hidden state after a layer is needed by the next layer's keys and values, or to sample from.
+    """
+    parts, vocabulary = layer_parts(model), model.vocab_size * model.hidden_size
+    weights, stored, read, flops = {}, 0, set(), 0
+    for layer, window in enumerate(model.windows):
+        for row, (start, end, prompt) in enumerate(chunks):
+            for token in range(start, end):
+                stored += 1
+                needed = {"input_layernorm", "k_proj", "v_proj", "k_norm"}
+                if layer < model.num_layers - 1 or token >= prompt - 1:
+                    needed = parts
+                    keys = range(0 if window is None else max(token - window + 1, 0), token + 1)
+                    flops += 4 * model.num_heads * model.head_dim * len(keys)
+                    read.update((layer, row, key) for key in keys if key < start)
+                weights |= {(layer, part): parts[part] for part in needed}
+                flops += 2 * sum(parts[part] for part in needed)
+    if num_sampled := sum(end >= prompt for _, end, prompt in chunks):
+        weights["vocabulary"] = vocabulary
+        flops += 2 * vocabulary * num_sampled
+    kv = 2 * model.num_kv_heads * model.head_dim
+    return 2 * (sum(weights.values()) + kv * (stored + len(read))), flops
+
+
+def simulated_steps(lengths, max_num_seqs, budget, capacity):
+    """Chunks of the same batches, with nothing clever."""
+    waiting, running = list(lengths), []
     while waiting or running:
         while waiting and len(running) < max_num_seqs:
             if sum(p + o for _, p, o in running) + sum(waiting[0]) > capacity:
                 break
             running.append([0, *waiting.pop(0)])
-        left, num_bytes, flops = budget, work.read_bytes, 0
+        left, chunks = budget, []
         for row in sorted(running, key=lambda row: row[0] < row[1]):  # decoding ones first
             count = 1 if row[0] >= row[1] else min(left, row[1] - row[0])
             left -= count
-            for window in windows:
-                num_bytes += work.layer_kv_bytes * (row[0] if window is None else min(row[0], _keys(row, window)))
-                for token in range(row[0], row[0] + count):
-                    seen = token + 1 if window is None else min(token + 1, window)
-                    flops += 4 * work.model.num_heads * work.model.head_dim * seen
-            num_bytes += work.layer_kv_bytes * layers * count
-            flops += 2 * work.body * count
+            if count:
+                chunks.append((row[0], row[0] + count, row[1]))
             row[0] += count
-            flops += 2 * work.head * (count > 0 and row[0] >= row[1])
-        total_s += max(num_bytes / machine.bandwidth_bytes_per_s, flops / machine.flops)
+        yield chunks
         running = [row for row in running if row[0] < row[1] + row[2] - 1]
-    return total_s
 
 
-def _keys(row, window):
-    return window - 1 if row[0] >= row[1] else window  # a decoding row's own key is not read
+SLIDING, FULL = "sliding_attention", "full_attention"
+MODELS = {
+    "llama": tiny(attention_bias=True, mlp_bias=True),
+    "one-layer": tiny(num_hidden_layers=1),
+    "mistral": tiny(model_type="mistral", sliding_window=9),
+    "qwen2": tiny(model_type="qwen2", use_sliding_window=True, sliding_window=9, layer_types=[FULL, SLIDING]),
+    "qwen3": tiny(
+        model_type="qwen3", head_dim=4, use_sliding_window=True, sliding_window=9, layer_types=[SLIDING, FULL]
+    ),
+}
 
 
-@pytest.mark.parametrize("model", [tiny(), tiny(model_type="mistral", sliding_window=9)], ids=["full", "window"])
-@pytest.mark.parametrize(("max_num_seqs", "budget", "capacity"), [(64, 4096, 10**6), (5, 64, 10**6), (64, 100, 300)])
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize(("max_num_seqs", "budget", "capacity"), [(64, 4096, 10**6), (2, 16, 10**6), (64, 100, 300)])
 def test_the_limit_is_that_of_a_plain_simulation(model, max_num_seqs, budget, capacity):
     lengths = sample_lengths(40, context=128)[0]
-    work = Work.of(model, "bfloat16")
     bounds = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": budget, "kv_tokens": capacity}
-    limit = offline_limit(lengths, work, MACHINE, **bounds)
-    assert limit.ideal_s == pytest.approx(simulated(lengths, work, MACHINE, max_num_seqs, budget, capacity), rel=1e-9)
+    limit = offline_limit(lengths, Work.of(model, "bfloat16"), MACHINE, **bounds)
+    num_bytes, flops, ideal_s = {True: 0, False: 0}, {True: 0, False: 0}, 0.0
+    for chunks in simulated_steps(lengths, max_num_seqs, budget, capacity):
+        has_prompts = any(start < prompt for start, _, prompt in chunks)
+        step_bytes, step_flops = counted(model, chunks)
+        num_bytes[has_prompts] += step_bytes
+        flops[has_prompts] += step_flops
+        ideal_s += max(step_bytes / MACHINE.bandwidth_bytes_per_s, step_flops / MACHINE.flops)
+    assert (limit.prefill.num_bytes, limit.decode.num_bytes) == (num_bytes[True], num_bytes[False])
+    assert (limit.prefill.flops, limit.decode.flops) == (flops[True], flops[False])
+    assert limit.ideal_s == pytest.approx(ideal_s, rel=1e-9)
     assert limit.ideal_s <= limit.no_overlap_s <= 2 * limit.ideal_s
 
 
@@ -126,7 +192,7 @@ def test_the_limit_is_that_of_a_plain_simulation(model, max_num_seqs, budget, ca
 )
 def test_known_models(model, parameters, kv_bytes):
     work = Work.of(read_model_config(model), "float16")
-    assert work.body + work.head == pytest.approx(parameters, rel=2e-3)
+    assert work.body + work.top == pytest.approx(parameters, rel=2e-3)
     assert work.layer_kv_bytes * work.model.num_layers == kv_bytes
 
 
@@ -140,7 +206,7 @@ def test_a_thousand_requests_take_no_less_than_the_closed_form(gpu):
     outputs = sum(o for _, o in lengths)
     weights = work.read_bytes * outputs / 256
     memory_s = (kv + weights) / machine.bandwidth_bytes_per_s
-    compute_s = 2 * (work.body * sum(i + o - 1 for i, o in lengths) + work.head * outputs) / machine.flops
+    compute_s = 2 * (work.body * sum(i + o - 1 for i, o in lengths) + work.top * outputs) / machine.flops
     assert max(memory_s, compute_s) < limit.ideal_s < 2 * max(memory_s, compute_s)  # the caches hold fewer
 
 

@@ -4,16 +4,20 @@ Every step reads the weights once and the keys and values of its sequences once,
 devices, launches and everything on the host are free. What is faster than this does not exist; a result is told as its
 fraction. `ideal`: memory and arithmetic overlap perfectly, step by step: max(memory, compute). `no overlap`: their sum.
 
-Per step with d decoding sequences and c prompt tokens (T = d + c), contexts n_i, B bytes per weight, K KV bytes per
-token:
+Only what the answer depends on is counted. A token is sampled from if it is a decoding sequence's or its prompt's last;
+in the last layer the others need their keys and values, and neither queries nor anything after them. So `body` are the
+weights of all layers, of the last one those of keys and values alone, and `top` are the others of the last layer and
+the vocabulary's. Per step with d decoding sequences and c prompt tokens (T = d + c), of which S tokens are sampled
+from, B bytes per weight, K KV bytes per token and layer:
 
-    bytes = (body + head) * B + K * (sum of attended contexts + T)
-    flops = 2 * body * T + 2 * head * (rows sampled) + 4 * layers * heads * head_size * (sum of attended pairs)
+    bytes = (body + top) * B + K * (cached keys read, of each layer, + layers * T); without top where S = 0
+    flops = 2 * body * T + 2 * top * S + 4 * heads * head_size * (query-key pairs, of each layer)
 
 Owns no measurement of an engine; `measure_cpu` is the one thing here that runs something, and imports torch for it.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -80,61 +84,74 @@ class Work:
 
     @cached_property
     def body(self) -> int:
-        """Parameters that every token is multiplied with."""
-        return self.model.num_layers * self.model.num_layer_parameters
+        """Parameters that every token is multiplied with: the layers', of the last one those of keys and values."""
+        return (self.model.num_layers - 1) * self.model.num_layer_parameters + self.model.num_layer_kv_parameters
 
     @cached_property
-    def head(self) -> int:
-        """Parameters that only rows that sample are multiplied with."""
-        return self.model.vocab_size * self.model.hidden_size
+    def top(self) -> int:
+        """Parameters that only tokens that are sampled from are multiplied with: the rest of the last layer, and the
+        vocabulary's."""
+        rest = self.model.num_layer_parameters - self.model.num_layer_kv_parameters
+        return rest + self.model.vocab_size * self.model.hidden_size
 
     @cached_property
     def read_bytes(self) -> int:
-        """Weights read by each step: all but the input embedding, of which a step reads some rows."""
-        return (self.body + self.head) * self.weight_bytes
+        """Weights read by a step that samples: all but the input embedding, of which a step reads some rows."""
+        return (self.body + self.top) * self.weight_bytes
 
     @cached_property
     def layer_kv_bytes(self) -> int:
         return 2 * self.model.num_kv_heads * self.model.head_dim * self.kv_bytes
 
     @cached_property
-    def _windows(self) -> list[tuple[int | None, int]]:
-        """(window, number of layers that have it)."""
-        found: dict[int | None, int] = {}
-        for window in self.model.windows:
-            found[window] = found.get(window, 0) + 1
-        return list(found.items())
+    def _windows(self) -> Counter[int | None]:
+        """Window -> number of layers that have it."""
+        return Counter(self.model.windows)
+
+    @cached_property
+    def _windows_below_last(self) -> Counter[int | None]:
+        return Counter(self.model.windows[:-1])
 
     def attended(self, contexts: np.ndarray) -> int:
         """Keys that one token after each context looks at, itself included, over all layers."""
         return sum(
             layers * int((contexts + 1 if w is None else np.minimum(contexts + 1, w)).sum())
-            for w, layers in self._windows
+            for w, layers in self._windows.items()
         )
 
-    def attended_by_chunk(self, context: int, count: int) -> tuple[int, int]:
-        """(pairs, keys read) of `count` prompt tokens after `context` computed ones, over all layers."""
+    def attended_by_chunk(self, context: int, count: int, *, is_last: bool) -> tuple[int, int]:
+        """(pairs, keys read) of `count` prompt tokens after `context` computed ones, over all layers.
+
+        is_last: the prompt ends with them. In the last layer only its last token looks at keys.
+        """
         pairs = keys = 0
-        for window, layers in self._windows:
+        for window, layers in self._windows_below_last.items():
             limit = context + count if window is None else window
             growing = min(max(limit - context, 0), count)  # tokens whose view still grows
             pairs += layers * (growing * context + growing * (growing + 1) // 2 + (count - growing) * limit)
-            keys += layers * min(context, limit)
+            keys += layers * min(context, limit - 1)  # the first token's own is not read
+        if is_last:
+            end, window = context + count, self.model.windows[-1]
+            seen = end if window is None else min(end, window)
+            pairs += seen
+            keys += max(seen - count, 0)
         return pairs, keys
 
     def cost(self, tokens: int, sampled: int, pairs: int, keys: int) -> tuple[float, float]:
-        """(bytes, flops) of a step.
+        """(bytes, flops) of a step of `tokens`, `sampled` of which are sampled from.
 
         pairs: query-key pairs; keys: keys and values read from the cache; over all layers.
         """
-        num_bytes = self.read_bytes + self.layer_kv_bytes * (keys + tokens * self.model.num_layers)
+        weights = self.read_bytes if sampled else self.body * self.weight_bytes
+        num_bytes = weights + self.layer_kv_bytes * (keys + tokens * self.model.num_layers)
         attention = 4 * self.model.num_heads * self.model.head_dim * pairs
-        return float(num_bytes), float(2 * self.body * tokens + 2 * self.head * sampled + attention)
+        return float(num_bytes), float(2 * self.body * tokens + 2 * self.top * sampled + attention)
 
     def kv_capacity(self, machine: Machine) -> int:
         """Tokens that fit beside the weights in 0.9 of the memory."""
-        embeddings = 0 if self.model.tie_word_embeddings else self.head * self.weight_bytes
-        free = machine.memory_bytes * MEMORY_SHARE - self.read_bytes - embeddings
+        embedding = self.model.vocab_size * self.model.hidden_size * self.weight_bytes
+        weights = self.read_bytes + (0 if self.model.tie_word_embeddings else embedding)
+        free = machine.memory_bytes * MEMORY_SHARE - weights
         copies = max(machine.num_devices // self.model.num_kv_heads, 1)  # fewer heads than devices: held several times
         return max(int(free / (self.layer_kv_bytes * self.model.num_layers * copies)), 0)
 
@@ -259,11 +276,12 @@ class _Schedule:
         for request in self._prefilling:
             if (count := min(budget, request[1] - request[0])) <= 0:
                 break
-            new_pairs, new_keys = self._work.attended_by_chunk(request[0], count)
+            is_last = request[0] + count == request[1]
+            new_pairs, new_keys = self._work.attended_by_chunk(request[0], count, is_last=is_last)
             pairs, keys, tokens, budget = pairs + new_pairs, keys + new_keys, tokens + count, budget - count
             request[0] += count
             self.num_rows += 1
-            if request[0] == request[1]:
+            if is_last:
                 done.append(request)
         num_bytes, flops = self._work.cost(tokens, sampled + len(done), pairs, keys)
         self._finish_step(done)
