@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from accuracy import assert_accurate, normal
 
-from evenflow.kernels.linear import is_own_product, launch_few_row_linear, launch_linear, linear
+from evenflow.kernels.linear import gated_linear, is_own_product, launch_few_row_linear, launch_linear, linear
 from evenflow.kernels.rms_norm import launch_add_rms_norm
-from evenflow.kernels.silu_and_mul import launch_silu_and_mul
+from evenflow.kernels.silu_and_mul import launch_silu_and_mul, silu_and_mul
 
 DTYPES = (torch.bfloat16, torch.float16)
 # Outputs and inputs: of LLaMA 2 7B and 13B, Llama 3 8B and Qwen2.5 0.5B.
@@ -54,6 +54,22 @@ def test_few_rows_against_float64(gpu, shape, dtype):
         for _ in range(20):
             assert torch.equal(launch_few_row_linear(x, weight), first)
         assert torch.equal(linear(x, weight), first if is_own_product(x, weight) else eager)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(22016, 4096), (28672, 4096), (9728, 896), (27648, 5120)], ids=str)
+def test_gated_products_against_float64(gpu, shape, dtype):
+    num_outs, size = shape
+    weight = (0.02 * normal(num_outs, size, seed=1)).to(dtype).to(gpu)
+    for num_rows in (1, 2, 16, 17, 33, 64, 65):
+        x = normal(num_rows, size, dtype=dtype, seed=num_rows).to(gpu)
+        eager = silu_and_mul(F.linear(x, weight))
+        exact = torch.cat([x.double() @ part.double().T for part in weight.split(8192)], dim=1)
+        gate, up = exact.chunk(2, dim=1)
+        found = gated_linear(x, weight)
+        assert_accurate(found, eager, F.silu(gate) * up)
+        assert is_own_product(x, weight) == (num_rows < 65)
+        assert torch.equal(gated_linear(x, weight), found)
 
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -9,12 +9,14 @@ from evenflow.kernels.linear import (
     MAX_SUMS,
     MAX_TILES,
     few_row_launch,
+    gated_linear,
     is_own_product,
     launch_few_row_linear,
     launch_linear,
     linear,
     split_sums,
 )
+from evenflow.kernels.silu_and_mul import silu_and_mul
 from evenflow.kernels.tuning import (
     FEW_ROW_TILES,
     PRODUCT_TILES,
@@ -48,6 +50,31 @@ def test_sums_are_in_float32():
     x, weight = torch.ones(1, 6144, dtype=torch.float16), torch.ones(8, 6144, dtype=torch.float16)
     weight[:, :2048], weight[:, 4096:] = 4096, -4096
     check(x, weight)
+
+
+def check_gated(x: torch.Tensor, weight: torch.Tensor, found: torch.Tensor) -> None:
+    gate, up = (x.double() @ weight.double().T).chunk(2, dim=1)
+    assert_accurate(found, silu_and_mul(F.linear(x, weight)), F.silu(gate) * up)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gated_rows_of_any_length(shape, dtype):
+    num_tokens, num_outs, size = shape
+    x, weight = normal(num_tokens, size, dtype=dtype), normal(num_outs, size, dtype=dtype, seed=1) / size**0.5
+    check_gated(x, weight, launch_linear(x, weight, gated=True))
+
+
+def test_gates_are_rounded_before_the_activation():
+    """As by a kernel of its own: to the bit, where the sums are exact."""
+    x = torch.randint(-8, 9, (1, 512), generator=torch.Generator().manual_seed(0)).half()
+    weight = torch.randint(-2, 3, (8, 512), generator=torch.Generator().manual_seed(1)).half() / 64
+    assert torch.equal(launch_linear(x, weight, gated=True), silu_and_mul(F.linear(x, weight)))
+
+
+def test_gated_elsewhere_is_two_steps():
+    x, weight, bias = normal(3, 24), normal(10, 24, seed=1), normal(10, seed=2)
+    assert torch.equal(gated_linear(x, weight, bias), silu_and_mul(F.linear(x, weight, bias)))
 
 
 def test_nothing_to_do():
@@ -196,6 +223,14 @@ def check_few_rows(x: torch.Tensor, weight: torch.Tensor, splits: int) -> None:
 def test_few_rows(shape, dtype):
     rows, outs, size, splits = shape
     check_few_rows(normal(rows, size, dtype=dtype), normal(outs, size, dtype=dtype, seed=1), splits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("shape", FEW_ROWS, ids=str)
+def test_few_gated_rows(shape, dtype):
+    rows, outs, size, splits = shape
+    x, weight = normal(rows, size, dtype=dtype), normal(outs, size, dtype=dtype, seed=1) / size**0.5
+    check_gated(x, weight, launch_few_row_linear(x, weight, gated=True, tile=few_row_tile(outs, splits)))
 
 
 @pytest.mark.parametrize("splits", [1, 2, 4])

@@ -107,7 +107,7 @@ plant(
     steps_that_splits_do_not_divide=("(split + 1) * num_steps // SPLITS)", "(split + 1) * (num_steps // SPLITS))"),
     count_is_left=("arrives_last(arrived_ptr + tile, SPLITS)", "tl.atomic_add(arrived_ptr + tile, 1) == SPLITS - 1"),
     added_up_too_early=("arrived_ptr + tile, SPLITS)", "arrived_ptr + tile, SPLITS - 1)"),
-    rows_beyond_the_last=("total.to(out_ptr.dtype.element_ty), mask=is_token", "total.to(out_ptr.dtype.element_ty)"),
+    rows_beyond_the_last=("_outputs(total, GATED, out_ptr.dtype.element_ty), mask=is_token", "total.to(tl.float16)"),
     last_row_missing=("(tokens < num_tokens)[None, :]", "(tokens < num_tokens - 1)[None, :]"),
     x_of_the_first_step=("x_ptrs + step * BLOCK_K", "x_ptrs"),
     weights_of_the_first_step=("weight_ptrs + step * BLOCK_K", "weight_ptrs"),
@@ -116,7 +116,22 @@ plant(
 )  # fmt: skip
 plant(
     linear, test_linear, lambda _: test_linear.test_few_rows((3, 192, 320, 1), F16),
-    rows_beyond_the_last_unsplit=("sums.to(out_ptr.dtype.element_ty), mask=is_token", "sums.to(tl.float16)"),
+    rows_beyond_the_last_unsplit=("_outputs(sums, GATED, out_ptr.dtype.element_ty), mask=is_token", "sums.to(tl.float16)"),
+)  # fmt: skip
+plant(
+    linear, test_linear, lambda _: test_linear.test_few_gated_rows((17, 64, 1024, 4), F16),
+    ups_of_another_gate=("rows % HALF + rows // HALF * D", "rows // 2 + rows % 2 * D"),
+    gates_and_ups_swapped=("gate, up = tl.split", "up, gate = tl.split"),
+    no_activation=("gate32 / (1.0 + tl.exp(-gate32))", "gate32"),
+)  # fmt: skip
+plant(
+    linear, test_linear, lambda _: test_linear.test_gated_rows_of_any_length((3, 8, 1704), F16),
+    gates_of_the_first_tile=("tile * HALF + rows % HALF", "rows % HALF"),
+    gated_outputs_of_the_first_tile=("written = tl.program_id(0) * WRITTEN", "written = tl.program_id(0) * 0"),
+)  # fmt: skip
+plant(
+    linear, test_linear, lambda _: test_linear.test_gates_are_rounded_before_the_activation(),
+    gates_are_not_rounded=("gate32 = gate.to(tl.float32)", "gate32 = gate.to(tl.float32) * 1.0001"),
 )  # fmt: skip
 plant(
     linear, test_linear, lambda _: test_linear.test_sums_of_few_rows_are_in_float32(4),

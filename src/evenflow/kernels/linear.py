@@ -3,7 +3,8 @@
 Shapes: N tokens, K inputs, O outputs. Few tokens read every weight once and compute little. Of one, a program reads the
 rows of a few outputs, with the next piece always under way, and the first before the kernel before it has ended. Of
 several it is a matrix product with the weight as the first operand, of which matrix units want more rows; where there
-are few outputs, their rows are split over several programs, and the last of them adds the sums up.
+are few outputs, their rows are split over several programs, and the last of them adds the sums up. Both can take gates
+and what they gate, D of each, in pairs, and apply LLaMA's activation to what they have just added up.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 
@@ -25,6 +26,7 @@ from evenflow.kernels.language import (
     tl,
     wait_for_previous,
 )
+from evenflow.kernels.silu_and_mul import silu_and_mul
 from evenflow.kernels.tuning import FewRowTile, few_row_tiles, own_product_rows, product_tile
 
 ALIGNED = 8  # 16-bit elements of an access of 16 bytes
@@ -43,6 +45,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """silu_and_mul(linear(x, weight, bias)), rounded alike. weight: [2 * D, K], gates first; returns [N, D]."""
+    if is_own_product(x, weight, bias):
+        launch = launch_linear if x.shape[0] == 1 else launch_few_row_linear
+        return launch(x, weight, gated=True)
+    return silu_and_mul(linear(x, weight, bias))
+
+
 def is_own_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, arch: str | None = None) -> bool:
     """Is it one that a kernel takes, where that is faster than the library? arch: None for that of x."""
     arch = arch_of(x, arch)
@@ -57,13 +67,37 @@ def is_own_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, arc
     return in_features % ALIGNED == 0 and out_features % product_tile(in_features).block_n == 0
 
 
+@jit
+def _rows_of(tile, D, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
+    """Of the weight. GATED: half of them gates, and then the ups that belong to them, D rows further on."""
+    rows = tl.arange(0, BLOCK_N)
+    if GATED:
+        HALF: tl.constexpr = BLOCK_N // 2
+        rows = tile * HALF + rows % HALF + rows // HALF * D
+    else:
+        rows += tile * BLOCK_N
+    return rows
+
+
+@jit
+def _outputs(sums, GATED: tl.constexpr, DTYPE: tl.constexpr):
+    """What is written of the sums of a tile, [BLOCK_N, tokens]. GATED: half as many, as silu_and_mul has them."""
+    outs = sums.to(DTYPE)
+    if GATED:
+        pairs = tl.permute(tl.reshape(outs, [2, sums.shape[0] // 2, sums.shape[1]]), (1, 2, 0))
+        gate, up = tl.split(pairs)
+        gate32 = gate.to(tl.float32)
+        outs = (gate32 / (1.0 + tl.exp(-gate32))).to(DTYPE) * up
+    return outs
+
+
 @jit(do_not_specialize=("out_stride",))
 def _linear_kernel(
     x_ptr, weight_ptr, out_ptr, out_stride,
-    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N outputs of a token, which the second axis counts, over all of K in pieces of BLOCK_K."""
-    outs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """BLOCK_N rows of the weight by a token, which the second axis counts, over all of K in pieces of BLOCK_K."""
+    outs = _rows_of(tl.program_id(0), out_stride, BLOCK_N, GATED)
     token = tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, BLOCK_K)
     weight_ptrs = weight_ptr + outs.to(tl.int64)[:, None] * K + cols[None, :]
@@ -81,7 +115,10 @@ def _linear_kernel(
         sums += weight.to(tl.float32) * tl.load(x_ptrs + (LAST - BLOCK_K)).to(tl.float32)[None, :]
         weight = next_weight
     sums += weight.to(tl.float32) * _piece(x_ptrs, LAST, cols, K, BLOCK_K).to(tl.float32)[None, :]
-    tl.store(out_ptr + token * out_stride + outs, tl.sum(sums, axis=1).to(out_ptr.dtype.element_ty))
+    WRITTEN: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    written = tl.program_id(0) * WRITTEN + tl.arange(0, WRITTEN)
+    found = _outputs(tl.sum(sums, axis=1)[:, None], GATED, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * out_stride + written[:, None], found)
 
 
 @jit
@@ -94,10 +131,10 @@ def _piece(ptrs, start: tl.constexpr, cols, K: tl.constexpr, BLOCK_K: tl.constex
     return piece
 
 
-def launch_linear(x: Tensor, weight: Tensor, *, arch: str | None = None) -> Tensor:
+def launch_linear(x: Tensor, weight: Tensor, *, gated: bool = False, arch: str | None = None) -> Tensor:
     """The kernel of linear for one token, or each of several, without a bias. arch: None for that of x.
 
-    O: divisible by the outputs a program.
+    O: divisible by the outputs a program. gated: of gated_linear.
     """
     (num_tokens, in_features), out_features = x.shape, weight.shape[0]
     tile = product_tile(in_features)
@@ -106,12 +143,12 @@ def launch_linear(x: Tensor, weight: Tensor, *, arch: str | None = None) -> Tens
     assert x.dtype == weight.dtype
     assert x.is_contiguous()
     assert weight.is_contiguous()
-    out = torch.empty(num_tokens, out_features, dtype=x.dtype, device=x.device)
+    out = torch.empty(num_tokens, out_features // 2 if gated else out_features, dtype=x.dtype, device=x.device)
     if num_tokens:
         _linear_kernel[(out_features // tile.block_n, num_tokens)](
-            x, weight, out, out_features,
-            K=in_features, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=1,
-            **dependent_launch(arch_of(x, arch)),
+            x, weight, out, out.shape[1],
+            K=in_features, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GATED=gated, num_warps=tile.num_warps,
+            num_stages=1, **dependent_launch(arch_of(x, arch)),
         )  # fmt: skip
     return out
 
@@ -119,9 +156,11 @@ def launch_linear(x: Tensor, weight: Tensor, *, arch: str | None = None) -> Tens
 @jit(do_not_specialize=("num_tokens",))
 def _few_row_linear_kernel(
     x_ptr, weight_ptr, out_ptr, sums_ptr, arrived_ptr, num_tokens, K, out_stride,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, GATED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, split): BLOCK_N outputs of all tokens, at most BLOCK_M, over a share of K in steps of BLOCK_K.
+    """Program (tile, split): BLOCK_N rows of the weight by all tokens, at most BLOCK_M, over a share of K in steps of
+    BLOCK_K.
 
     The last of a tile's programs adds all of them up, in their order, so that it does not matter which is last.
     """
@@ -129,7 +168,7 @@ def _few_row_linear_kernel(
     split = tl.program_id(1)
     num_steps = K // BLOCK_K
     first_step = split * num_steps // SPLITS
-    outs = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    outs = _rows_of(tile, out_stride, BLOCK_N, GATED)
     tokens = tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_K)
     is_token = (tokens < num_tokens)[None, :]
@@ -138,14 +177,16 @@ def _few_row_linear_kernel(
     fetch_ahead(row_ptrs + (first_step * BLOCK_K + tl.arange(0, BLOCK_K // _LINE) * _LINE)[None, :], PDL)
     wait_for_previous(PDL)
     x_ptrs = x_ptr + tokens[None, :] * K + cols[:, None]
-    out_ptrs = out_ptr + tokens[None, :] * out_stride + outs[:, None]
+    WRITTEN: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    written = tile * WRITTEN + tl.arange(0, WRITTEN)
+    out_ptrs = out_ptr + tokens[None, :] * out_stride + written[:, None]
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for step in range(first_step, (split + 1) * num_steps // SPLITS):
         weight = tl.load(weight_ptrs + step * BLOCK_K)
         x = tl.load(x_ptrs + step * BLOCK_K, mask=is_token, other=0.0)
         sums = tl.dot(weight, x, sums)
     if SPLITS == 1:
-        tl.store(out_ptrs, sums.to(out_ptr.dtype.element_ty), mask=is_token)
+        tl.store(out_ptrs, _outputs(sums, GATED, out_ptr.dtype.element_ty), mask=is_token)
     else:
         SIZE: tl.constexpr = BLOCK_N * BLOCK_M
         tile_ptrs = sums_ptr + tile * (SPLITS * SIZE) + tokens[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
@@ -154,7 +195,7 @@ def _few_row_linear_kernel(
             total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             for part in tl.static_range(SPLITS):
                 total += tl.load(tile_ptrs + part * SIZE, mask=is_token, other=0.0, cache_modifier=".cg")
-            tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=is_token)
+            tl.store(out_ptrs, _outputs(total, GATED, out_ptr.dtype.element_ty), mask=is_token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +244,12 @@ def split_sums(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def launch_few_row_linear(
-    x: Tensor, weight: Tensor, *, arch: str | None = None, tile: FewRowTile | None = None
+    x: Tensor, weight: Tensor, *, gated: bool = False, arch: str | None = None, tile: FewRowTile | None = None
 ) -> Tensor:
-    """The kernel of linear for a few tokens in 16 bits, without a bias. arch: None for that of x. tile: to try."""
+    """The kernel of linear, or of gated_linear, for a few tokens in 16 bits, without a bias. arch: None for that of x.
+
+    tile: to try.
+    """
     (num_tokens, in_features), out_features = x.shape, weight.shape[0]
     launch = few_row_launch(arch_of(x, arch), num_tokens, out_features, in_features, tile)
     assert launch is not None, "no tile fits"
@@ -214,9 +258,9 @@ def launch_few_row_linear(
     assert x.dtype.itemsize == 2
     assert x.is_contiguous()
     assert weight.is_contiguous()
-    out = torch.empty(num_tokens, out_features, dtype=x.dtype, device=x.device)
+    out = torch.empty(num_tokens, out_features // 2 if gated else out_features, dtype=x.dtype, device=x.device)
     sums, arrived = split_sums(x.device) if launch.grid[1] > 1 else (None, None)
     _few_row_linear_kernel[launch.grid](
-        x, weight, out, sums, arrived, num_tokens, in_features, out_features, **launch.arguments
+        x, weight, out, sums, arrived, num_tokens, in_features, out.shape[1], GATED=gated, **launch.arguments
     )
     return out

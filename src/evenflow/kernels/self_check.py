@@ -20,7 +20,14 @@ from evenflow.kernels.all_reduce import PeerBuffers, launch_reduce_add_rms_norm,
 from evenflow.kernels.attention_plan import DeviceRows, launch_plan_attention, make_plan
 from evenflow.kernels.draw import launch_draw
 from evenflow.kernels.filter import filter_thresholds, launch_filter_thresholds
-from evenflow.kernels.linear import few_row_launch, is_own_product, launch_few_row_linear, launch_linear, linear
+from evenflow.kernels.linear import (
+    few_row_launch,
+    gated_linear,
+    is_own_product,
+    launch_few_row_linear,
+    launch_linear,
+    linear,
+)
 from evenflow.kernels.logprobs import launch_token_logprobs, token_logprobs
 from evenflow.kernels.masks import apply_masks_, launch_apply_masks_
 from evenflow.kernels.paged_attention import launch_paged_attention, paged_attention
@@ -212,6 +219,9 @@ def _check_linear(inputs: _Inputs) -> Iterator[Comparison]:
             if _runs_own_product(dx, dweight):
                 expected = linear(x.float(), weight.float()).to(x.dtype)
                 yield _floats("linear", launch(dx, dweight), expected)
+                if size == shape.hidden_size:
+                    expected = gated_linear(x.float(), weight.float()).to(x.dtype)
+                    yield _floats("linear", launch(dx, dweight, gated=True), expected)
 
 
 def _runs_own_product(x: Tensor, weight: Tensor) -> bool:

@@ -198,12 +198,12 @@ def _of_products(model: ModelShape, dtype: torch.dtype, arch: str, name: str) ->
         "head": (model.vocab_size, model.hidden_size),
     }
     for what, shape in weights.items():
-        x, weight = empty(1, shape[1], dtype=dtype), empty(*shape, dtype=dtype)
-        yield from record(linear, f"{name}-{what}", partial(linear.launch_linear, x, weight, arch=arch))
+        x, weight, gated = empty(1, shape[1], dtype=dtype), empty(*shape, dtype=dtype), what == "gate-up"
+        yield from record(linear, f"{name}-{what}", partial(linear.launch_linear, x, weight, gated=gated, arch=arch))
         for num_rows in FEW_ROWS:
             if linear.few_row_launch(arch, num_rows, *shape) is not None:
                 x = empty(num_rows, shape[1], dtype=dtype)
-                launch = partial(linear.launch_few_row_linear, x, weight, arch=arch)
+                launch = partial(linear.launch_few_row_linear, x, weight, gated=gated, arch=arch)
                 yield from record(linear, f"{name}-{what}-{num_rows}", launch)
 
 

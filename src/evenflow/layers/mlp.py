@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from evenflow.kernels.silu_and_mul import silu_and_mul
+from evenflow.kernels.linear import gated_linear
 from evenflow.layers.linear import ColumnParallelLinear, RowParallelLinear
 from evenflow.layers.loading import Placement
 
@@ -20,5 +20,6 @@ class GatedMLP(nn.Module):
         self.down_proj = RowParallelLinear("down_proj", intermediate_size, hidden_size, bias, place)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
-        share: Tensor | None = self.down_proj(silu_and_mul(self.gate_up_proj(x)), residual)
+        gated = gated_linear(x, self.gate_up_proj.weight, self.gate_up_proj.bias)
+        share: Tensor | None = self.down_proj(gated, residual)
         return share

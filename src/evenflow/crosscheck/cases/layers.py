@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from evenflow.crosscheck.cases.case import EIGHT_BITS, FLOATS, SIXTEEN_BITS, Case, cache_types, normal
-from evenflow.kernels.linear import linear
+from evenflow.kernels.linear import gated_linear, linear
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
 BLOCK_SIZE, NUM_BLOCKS, MAX_POSITION = 4, 5, 32
@@ -41,6 +41,12 @@ def _launch_few_rows(module: ModuleType, *arguments: Any, arch: str) -> torch.Te
     return found
 
 
+def _launch_gated(module: ModuleType, x: torch.Tensor, weight: torch.Tensor, arch: str) -> torch.Tensor:
+    launch = module.launch_linear if len(x) == 1 else module.launch_few_row_linear
+    found: torch.Tensor = launch(x, weight, gated=True, arch=arch)
+    return found
+
+
 def _rotary(
     dtype: torch.dtype, size: int, num_heads: int = 3, num_kv_heads: int = 2, scales: tuple[tuple[float, ...], ...] = ()
 ) -> tuple[Any, ...]:
@@ -71,6 +77,18 @@ CASES = (
             _launch_few_rows,
         )
         for rows, n, size in ((3, 128, 256), (17, 64, 320), (33, 64, 256))
+    ),
+    *(
+        Case(
+            LINEAR,
+            "linear" if rows == 1 else "few_row_linear",
+            f"{rows} rows, gated, {n} x {size}",
+            partial(_product, num_outs=n, size=size, num_rows=rows),
+            SIXTEEN_BITS,
+            gated_linear,
+            _launch_gated,
+        )
+        for rows, n, size in ((1, 6, 3072), (1, 8, 1192), (17, 128, 256))
     ),
     Case(NORM, "rms_norm", "3 rows of 256", partial(_norm_rows, num_rows=3, size=256)),
     Case(NORM, "rms_norm", "2 rows of 200", partial(_norm_rows, num_rows=2, size=200)),
