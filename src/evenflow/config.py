@@ -179,8 +179,9 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform, *, is_
     if not on_gpu:
         for name in ("enable_overlap", "enable_graphs", "enable_custom_all_reduce"):
             reasons[name] = "of no use on a CPU"
-    if is_offline and is_large:
-        decide("max_num_batched_tokens", 8192, "soon everything runs side by side, and nobody waits for one token")
+    weight_bytes = model.num_parameters * DTYPE_BYTES[values["dtype"]] // config.tensor_parallel_size
+    if is_offline and is_large and weight_bytes <= platform.memory_bytes // 2:
+        decide("max_num_batched_tokens", 16384, "soon everything runs side by side, and nobody waits for one token")
     decide("max_num_batched_tokens", 2048, "keeps a step short and the matrix units busy")
     if not config.enable_chunked_prefill and values["max_num_batched_tokens"] < values["max_model_len"]:
         if config.max_num_batched_tokens is not None:

@@ -86,7 +86,7 @@ def test_resolution(options, platform, field, value):
 @pytest.mark.parametrize(
     ("options", "platform", "is_offline", "tokens"),
     [
-        ({}, GPU, True, 8192),
+        ({}, GPU, True, 16384),
         ({}, GPU, False, 2048),
         ({}, SMALL, True, 2048),
         ({}, CPU, True, 2048),
@@ -97,6 +97,14 @@ def test_steps_are_large_where_nobody_waits_for_a_token(options, platform, is_of
     config = EngineConfig(model="m", **options)
     resolution = resolve(config, ModelConfig.from_hf(LLAMA), platform, is_offline=is_offline)
     assert resolution.settings.max_num_batched_tokens == tokens
+
+
+@pytest.mark.parametrize(("size", "tokens"), [(1, 2048), (2, 16384)])
+def test_steps_are_large_where_weights_leave_room(size, tokens):
+    """13 billion parameters in float32 take 52 of 68 GB, or 26 of each of two."""
+    model = ModelConfig.from_hf(LLAMA | {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40})
+    config = EngineConfig(model="m", dtype="float32", tensor_parallel_size=size)
+    assert resolve(config, model, SEVERAL, is_offline=True).settings.max_num_batched_tokens == tokens
 
 
 @pytest.mark.parametrize(
