@@ -116,7 +116,9 @@ plant(
 )  # fmt: skip
 plant(
     linear, test_linear, lambda _: test_linear.test_few_rows((3, 192, 320, 1), F16),
-    rows_beyond_the_last_unsplit=("_outputs(sums, GATED, out_ptr.dtype.element_ty), mask=is_token", "sums.to(tl.float16)"),
+    rows_beyond_the_last_unsplit=(
+        "_outputs(sums, GATED, out_ptr.dtype.element_ty), mask=is_token", "sums.to(tl.float16)"
+    ),
 )  # fmt: skip
 plant(
     linear, test_linear, lambda _: test_linear.test_few_gated_rows((17, 64, 1024, 4), F16),
