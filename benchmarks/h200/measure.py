@@ -93,12 +93,14 @@ def vllm_engine(directory: Path, options: dict[str, Any]) -> tuple[Run, dict[str
 ENGINES = {"evenflow": evenflow_engine, "vllm": vllm_engine}
 
 
-def measure(run: Run, vocab_size: int, repeats: int, parts: list[str]) -> dict[str, Any]:
-    """Every number of one engine and one model."""
+def measure(
+    run: Run, vocab_size: int, repeats: int, parts: list[str], found: dict[str, Any], save: Callable[[], None]
+) -> None:
+    """Every number of one engine and one model, into `found`; saved after each part, since the machine may be gone."""
     lengths, outputs = request_lengths()
     prompts = random_prompts(lengths, vocab_size)
     total = int(lengths.sum() + outputs.sum())
-    found: dict[str, Any] = {"warm_up_s": run(prompts[:64], (outputs[:64] // 8 + 1).tolist(), 1.0)}
+    found["warm_up_s"] = run(prompts[:64], (outputs[:64] // 8 + 1).tolist(), 1.0)
     if "throughput" in parts:
         run(prompts[:300], outputs[:300].tolist(), 1.0)
         found["throughput"] = []
@@ -112,11 +114,13 @@ def measure(run: Run, vocab_size: int, repeats: int, parts: list[str]) -> dict[s
                 }
             )
             print("throughput", found["throughput"][-1], flush=True)
+            save()
     if "decode" in parts:
         found["decode"] = [decode(run, vocab_size, *shape) for shape in DECODE_GRID]
+        save()
     if "prefill" in parts:
         found["prefill"] = [prefill(run, vocab_size, *shape) for shape in PREFILL_GRID]
-    return found
+        save()
 
 
 def decode(run: Run, vocab_size: int, batch: int, context: int) -> dict[str, Any]:
@@ -253,12 +257,16 @@ def main() -> None:
         result["start"]["ready_s"] = seconds_since_process_start()
     print(result["start"], flush=True)
     vocab_size = SHAPES[args.model]["vocab_size"]
-    result |= measure(run, vocab_size, args.repeats, args.parts)
+
+    def save() -> None:
+        if args.out:
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+    measure(run, vocab_size, args.repeats, args.parts, result, save)
     if "profile" in args.parts and args.engine == "evenflow":
         result["profiles"] = [profile(llm, vocab_size, *shape) for shape in ((1, 512), (256, 512))]
         print(json.dumps(result["profiles"], indent=1), flush=True)
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    save()
 
 
 if __name__ == "__main__":
