@@ -15,6 +15,7 @@ from evenflow.platforms import Platform
 DTYPES = ("float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", *DTYPES, "fp8")
 LARGE_MEMORY_BYTES = 60 * 10**9  # a GPU that holds the cache of more than 256 requests
+ROOM_FOR_LARGE_STEPS = 0.4  # of a GPU's memory, beside the weights
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e4m3fnuz": 1}
 
 
@@ -180,8 +181,12 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform, *, is_
         for name in ("enable_overlap", "enable_graphs", "enable_custom_all_reduce"):
             reasons[name] = "of no use on a CPU"
     weight_bytes = model.num_parameters * DTYPE_BYTES[values["dtype"]] // config.tensor_parallel_size
-    if is_offline and is_large and weight_bytes <= platform.memory_bytes // 2:
-        decide("max_num_batched_tokens", 16384, "soon everything runs side by side, and nobody waits for one token")
+    room_bytes = platform.memory_bytes * config.gpu_memory_utilization - weight_bytes
+    has_room = (
+        is_large and config.kv_cache_memory is None and room_bytes >= ROOM_FOR_LARGE_STEPS * platform.memory_bytes
+    )
+    if is_offline and has_room:
+        decide("max_num_batched_tokens", 16384, "offline: prompts are computed sooner, and nobody waits for one token")
     decide("max_num_batched_tokens", 2048, "keeps a step short and the matrix units busy")
     if not config.enable_chunked_prefill and values["max_num_batched_tokens"] < values["max_model_len"]:
         if config.max_num_batched_tokens is not None:

@@ -17,7 +17,7 @@ from evenflow.platforms.specs import Specs, read_toml
 
 MEMORY_SHARE = 0.9  # what the engine takes of a GPU by default
 MEAN_REQUEST_TOKENS = 479  # prompt + output of ShareGPT's mean request
-STEP_TOKENS = 8192  # the largest step
+STEP_TOKENS = 8192  # of a step: a server takes 2,048, LLM on a large GPU 16,384
 MAX_SEQS = 256
 GPU_COUNTS = (1, 2, 4, 8)
 # Between GPUs: the smallest sum of two H200 by our kernel, its norm included (benchmarks/all_reduce.py); NCCL: 11 us.

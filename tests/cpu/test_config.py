@@ -91,6 +91,8 @@ def test_resolution(options, platform, field, value):
         ({}, SMALL, True, 2048),
         ({}, CPU, True, 2048),
         ({"max_num_batched_tokens": 512}, GPU, True, 512),
+        ({"gpu_memory_utilization": 0.3}, GPU, True, 2048),
+        ({"kv_cache_memory": "1GiB"}, GPU, True, 2048),
     ],
 )
 def test_steps_are_large_where_nobody_waits_for_a_token(options, platform, is_offline, tokens):

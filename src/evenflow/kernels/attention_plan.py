@@ -94,8 +94,8 @@ def make_plan(
     """Allocate the work lists of steps of at most max_rows rows. The options after arch are for tests and tuning.
 
     A device of P multiprocessors gets about num_resident * waves * P / Hkv pieces (tuning.SPLITS), but P / 2 at least,
-    each run by Hkv programs. There are never more than target_items pieces on top of one a row, nor more than twice
-    target_items that belong to rows of several pieces.
+    each run by Hkv programs: with fewer, of many heads, a long row outlasts the others. There are never more than
+    target_items pieces on top of one a row, nor more than twice target_items that belong to rows of several pieces.
     """
     split = split_of(arch or current_arch())
     num_multiprocessors = _num_multiprocessors(torch.device(device))

@@ -134,7 +134,7 @@ def _piece(ptrs, start: tl.constexpr, cols, K: tl.constexpr, BLOCK_K: tl.constex
 def launch_linear(x: Tensor, weight: Tensor, *, gated: bool = False, arch: str | None = None) -> Tensor:
     """The kernel of linear for one token, or each of several, without a bias. arch: None for that of x.
 
-    O: divisible by the outputs a program. gated: of gated_linear.
+    O: divisible by the rows of the weight that a program takes. gated: compute gated_linear; O is 2 * D then.
     """
     (num_tokens, in_features), out_features = x.shape, weight.shape[0]
     tile = product_tile(in_features)

@@ -27,8 +27,8 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How decode rows are cut. waves: programs that the longest row's share is measured against, in programs that a
-    multiprocessor runs at once (num_resident). granule: keys that a piece is rounded up to."""
+    """How decode rows are cut, see make_plan. num_resident: programs that a multiprocessor runs at once. waves: so many
+    times that number are aimed at. granule: keys that a piece is rounded up to."""
 
     num_resident: int
     waves: int

@@ -190,7 +190,7 @@ class DeviceSlots:
 
     def _write_updates(self, buffers: HostBuffers, updates: Updates) -> None:
         total = sum(part.size for part in updates.parts)
-        if total > len(buffers.updates):  # a long prompt, once
+        if total > len(buffers.updates):  # many prompt tokens: it grows a few times
             buffers.updates = self.stream.pinned(2 * total)
         words, start = buffers.updates.numpy(), 0
         for part in updates.parts:

@@ -160,7 +160,7 @@ class Scheduler:
                 return
             num_new = self._num_blocks_to_admit(end) - len(hits)
             num_free = self.pool.num_free - sum(self.pool.references[block] == 0 for block in hits)
-            if num_new + len(self.running) > num_free:
+            if num_new + self._num_blocks_to_keep() > num_free:
                 return
             self.waiting.popleft()
             self._admit(request, hits, num_new)
@@ -181,6 +181,10 @@ class Scheduler:
 
     def _num_blocks_to_admit(self, end: int) -> int:
         return -(-end // self.block_size)
+
+    def _num_blocks_to_keep(self) -> int:
+        """A block for each running request, whether it needs one or ends before."""
+        return len(self.running)
 
     def _admit(self, request: Request, hits: list[int], num_new: int) -> None:
         for block in hits:
