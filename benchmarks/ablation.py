@@ -46,9 +46,6 @@ class ContiguousScheduler(Scheduler):
     def _num_blocks_to_admit(self, end: int) -> int:
         return -(-self.max_model_len // self.block_size)
 
-    def _num_blocks_to_keep(self) -> int:
-        return 0
-
 
 class Meter:
     """Follows the running requests from step to step."""

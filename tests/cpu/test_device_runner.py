@@ -161,7 +161,7 @@ def test_only_rows_pass_through_the_last_layer(directory, monkeypatch, graphs):
     for _ in range(3):
         assert rows_of_prompts(plain) == (expected, {(6, True)})
     assert rows_of_prompts([asking, asking, asking]) == (expected, {(32, False)})
-    assert set(llm.engine.runner._prompts)  # of slots that nobody has
+    assert not llm.engine.runner._prompts, "what was computed is remembered"
     assert rows_of_prompts(plain) == (expected, {(6, True)})
     # One asks. It is the first to be computed, and goes on beside the prompts of the others.
     assert rows_of_prompts([asking, plain, plain]) == (expected, {(32, False), (6, True)})

@@ -124,12 +124,22 @@ class TestPreemption:
     def test_nobody_is_admitted_into_the_blocks_that_the_running_need_next(self):
         """One each. Before, the newcomer was preempted as soon as they grew."""
         scheduler = make_scheduler(num_blocks=6, max_num_batched_tokens=64)
-        for name, prompt in zip("abc", (8, 7, 3), strict=True):
+        for name, prompt in zip("abc", (8, 8, 3), strict=True):
             scheduler.add(make_request(name, prompt, max_tokens=2))
-        assert step(scheduler)[0] == [("a", 0, 8), ("b", 0, 7)]
-        assert step(scheduler)[0] == [("a", 8, 9), ("b", 7, 8)]
+        assert step(scheduler)[0] == [("a", 0, 8), ("b", 0, 8)]
+        assert step(scheduler)[0] == [("a", 8, 9), ("b", 8, 9)]
         assert step(scheduler)[0] == [("c", 0, 3)]
         assert scheduler.num_preemptions == 0
+
+    @pytest.mark.parametrize(("max_tokens", "num_running"), [(1, 3), (2, 2)])
+    def test_nothing_is_kept_for_who_needs_no_more(self, max_tokens, num_running):
+        """The last token is stored nowhere: a prompt that fills its blocks and gets one token needs no other."""
+        scheduler = make_scheduler(num_blocks=3, max_num_batched_tokens=64)
+        for name in "abc":
+            scheduler.add(make_request(name, 4, max_tokens=max_tokens))
+        assert len(step(scheduler)[0]) == num_running
+        run(scheduler)
+        assert scheduler.num_preemptions == (max_tokens > 1)
 
     def test_a_pool_that_one_prompt_fills_runs_it(self):
         scheduler = make_scheduler(num_blocks=4)

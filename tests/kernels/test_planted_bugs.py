@@ -87,8 +87,8 @@ plant(
 plant(
     silu_and_mul, test_silu_and_mul, lambda _: test_silu_and_mul.test_any_width((3, 1100), F32),
     sigmoid_of_the_other_sign=("tl.exp(-gate32)", "tl.exp(gate32)"),
-    gate_and_up_swapped=("activated.to(gate.dtype) * up", "activated.to(gate.dtype) * gate"),
-    last_column_is_zero=("activated.to(gate.dtype) * up", "activated.to(gate.dtype) * up * (cols < D - 1)"),
+    gate_and_up_swapped=(".to(gate.dtype) * up", ".to(gate.dtype) * gate"),
+    last_column_is_zero=("activated(gate, up), mask", "activated(gate, up) * (cols < D - 1), mask"),
 )  # fmt: skip
 plant(
     linear, test_linear, lambda _: test_linear.test_rows_of_any_length((3, 8, 1704), F16),
@@ -124,12 +124,12 @@ plant(
     linear, test_linear, lambda _: test_linear.test_few_gated_rows((17, 64, 1024, 4), F16),
     ups_of_another_gate=("rows % HALF + rows // HALF * D", "rows // 2 + rows % 2 * D"),
     gates_and_ups_swapped=("gate, up = tl.split", "up, gate = tl.split"),
-    no_activation=("gate32 / (1.0 + tl.exp(-gate32))", "gate32"),
+    no_activation=("outs = activated(gate, up)", "outs = gate * up"),
 )  # fmt: skip
 plant(
     linear, test_linear, lambda _: test_linear.test_gated_rows_of_any_length((3, 8, 1704), F16),
     gates_of_the_first_tile=("tile * HALF + rows % HALF", "rows % HALF"),
-    gated_outputs_of_the_first_tile=("written = tl.program_id(0) * WRITTEN", "written = tl.program_id(0) * 0"),
+    gated_outputs_of_the_first_tile=("columns = _columns_of(tl.program_id(0),", "columns = _columns_of(0,"),
 )  # fmt: skip
 plant(
     linear, test_linear, lambda _: test_linear.test_gates_are_rounded_before_the_activation(),

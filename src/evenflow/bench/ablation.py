@@ -235,9 +235,6 @@ def _make_scheduler(kind: str, llm: "LLM") -> Any:
         def _num_blocks_to_admit(self, end: int) -> int:
             return -(-self.max_model_len // self.block_size)
 
-        def _num_blocks_to_keep(self) -> int:
-            return 0
-
     old = llm.engine.scheduler
     return {"static": StaticScheduler, "contiguous": ContiguousScheduler}[kind](
         num_blocks=old.num_blocks,

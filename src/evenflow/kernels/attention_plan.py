@@ -28,7 +28,7 @@ DEFAULT_MULTIPROCESSORS = 108
 # the first partial and the number of them.
 ITEM_FIELDS = 8
 SPLIT_FIELDS = 4  # token, first partial, number of partials
-LEVELS = tl.constexpr(4)  # of length, by which pieces are ordered
+_LEVELS = tl.constexpr(4)  # of length, by which pieces are ordered
 PROMPT_FIELDS = 8  # prompt queries before it, first token, queries, keys, slot
 
 
@@ -166,11 +166,11 @@ def _plan_kernel(
     # Long pieces first, so that only short ones run when most of the GPU is idle already. Level 0: more than half a
     # chunk, 1: more than a quarter, and so on.
     level = tl.zeros([BLOCK_R], tl.int32)
-    for shift in tl.static_range(1, LEVELS):
+    for shift in tl.static_range(1, _LEVELS):
         level += (piece_len <= chunk >> shift).to(tl.int32)
     first_item = tl.zeros([BLOCK_R], tl.int32)
     num_items = 0
-    for this in tl.static_range(LEVELS):
+    for this in tl.static_range(_LEVELS):
         number = tl.where(level == this, pieces, 0)
         first_item += tl.where(level == this, num_items + tl.cumsum(number, axis=0) - number, 0)
         num_items += tl.sum(number, axis=0)

@@ -26,7 +26,7 @@ from evenflow.kernels.language import (
     tl,
     wait_for_previous,
 )
-from evenflow.kernels.silu_and_mul import silu_and_mul
+from evenflow.kernels.silu_and_mul import activated, silu_and_mul
 from evenflow.kernels.tuning import FewRowTile, few_row_tiles, own_product_rows, product_tile
 
 ALIGNED = 8  # 16-bit elements of an access of 16 bytes
@@ -41,15 +41,14 @@ MAX_TILES = 1024  # of a product that is split
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, summed in float32. x: [N, K]; weight: [O, K]; bias: [O]; returns [N, O]."""
     if is_own_product(x, weight, bias):
-        return launch_linear(x, weight) if x.shape[0] == 1 else launch_few_row_linear(x, weight)
+        return launch_own_product(x, weight)
     return F.linear(x, weight, bias)
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """silu_and_mul(linear(x, weight, bias)), rounded alike. weight: [2 * D, K], gates first; returns [N, D]."""
     if is_own_product(x, weight, bias):
-        launch = launch_linear if x.shape[0] == 1 else launch_few_row_linear
-        return launch(x, weight, gated=True)
+        return launch_own_product(x, weight, gated=True)
     return silu_and_mul(linear(x, weight, bias))
 
 
@@ -65,6 +64,12 @@ def is_own_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, arc
     if num_tokens > 1:
         return few_row_launch(arch, num_tokens, out_features, in_features) is not None
     return in_features % ALIGNED == 0 and out_features % product_tile(in_features).block_n == 0
+
+
+def launch_own_product(x: Tensor, weight: Tensor, *, gated: bool = False, arch: str | None = None) -> Tensor:
+    """The kernel of linear, or of gated_linear, for so many tokens. arch: None for that of x."""
+    launch = launch_linear if x.shape[0] == 1 else launch_few_row_linear
+    return launch(x, weight, gated=gated, arch=arch)
 
 
 @jit
@@ -86,9 +91,15 @@ def _outputs(sums, GATED: tl.constexpr, DTYPE: tl.constexpr):
     if GATED:
         pairs = tl.permute(tl.reshape(outs, [2, sums.shape[0] // 2, sums.shape[1]]), (1, 2, 0))
         gate, up = tl.split(pairs)
-        gate32 = gate.to(tl.float32)
-        outs = (gate32 / (1.0 + tl.exp(-gate32))).to(DTYPE) * up
+        outs = activated(gate, up)
     return outs
+
+
+@jit
+def _columns_of(tile, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
+    """Of the output, that _outputs of a tile belong to."""
+    WRITTEN: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    return tile * WRITTEN + tl.arange(0, WRITTEN)
 
 
 @jit(do_not_specialize=("out_stride",))
@@ -115,10 +126,9 @@ def _linear_kernel(
         sums += weight.to(tl.float32) * tl.load(x_ptrs + (LAST - BLOCK_K)).to(tl.float32)[None, :]
         weight = next_weight
     sums += weight.to(tl.float32) * _piece(x_ptrs, LAST, cols, K, BLOCK_K).to(tl.float32)[None, :]
-    WRITTEN: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-    written = tl.program_id(0) * WRITTEN + tl.arange(0, WRITTEN)
+    columns = _columns_of(tl.program_id(0), BLOCK_N, GATED)
     found = _outputs(tl.sum(sums, axis=1)[:, None], GATED, out_ptr.dtype.element_ty)
-    tl.store(out_ptr + token * out_stride + written[:, None], found)
+    tl.store(out_ptr + token * out_stride + columns[:, None], found)
 
 
 @jit
@@ -177,9 +187,7 @@ def _few_row_linear_kernel(
     fetch_ahead(row_ptrs + (first_step * BLOCK_K + tl.arange(0, BLOCK_K // _LINE) * _LINE)[None, :], PDL)
     wait_for_previous(PDL)
     x_ptrs = x_ptr + tokens[None, :] * K + cols[:, None]
-    WRITTEN: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-    written = tile * WRITTEN + tl.arange(0, WRITTEN)
-    out_ptrs = out_ptr + tokens[None, :] * out_stride + written[:, None]
+    out_ptrs = out_ptr + tokens[None, :] * out_stride + _columns_of(tile, BLOCK_N, GATED)[:, None]
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for step in range(first_step, (split + 1) * num_steps // SPLITS):
         weight = tl.load(weight_ptrs + step * BLOCK_K)

@@ -20,6 +20,13 @@ def silu_and_mul(x: Tensor) -> Tensor:
 
 
 @jit
+def activated(gate, up):
+    """silu(gate) * up, in float32 and rounded before the product."""
+    gate32 = gate.to(tl.float32)
+    return (gate32 / (1.0 + tl.exp(-gate32))).to(gate.dtype) * up
+
+
+@jit
 def _silu_and_mul_kernel(x_ptr, out_ptr, x_stride, D, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -27,9 +34,7 @@ def _silu_and_mul_kernel(x_ptr, out_ptr, x_stride, D, BLOCK: tl.constexpr, PDL: 
     wait_for_previous(PDL)
     gate = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
     up = tl.load(x_ptr + row * x_stride + D + cols, mask=mask, other=0.0)
-    gate32 = gate.to(tl.float32)
-    activated = gate32 / (1.0 + tl.exp(-gate32))
-    tl.store(out_ptr + row * D + cols, activated.to(gate.dtype) * up, mask=mask)
+    tl.store(out_ptr + row * D + cols, activated(gate, up), mask=mask)
 
 
 def launch_silu_and_mul(x: Tensor, *, arch: str | None = None) -> Tensor:

@@ -190,7 +190,7 @@ class DeviceRunner:
         for request in plan.admitted:
             self.sampler.admit(request)
             self._prompts.pop(request.slot, None)
-            if (wanted := request.params.prompt_logprobs) is not None:
+            if (wanted := request.params.prompt_logprobs) is not None and request.num_prompt_tokens > 1:
                 self._prompts[request.slot] = (request.token_ids[: request.num_prompt_tokens], wanted)
         self.slots.send(step, buffers)
         if plan.zero_block_ids:
@@ -264,3 +264,5 @@ class DeviceRunner:
             pending.prompt_logprobs[row] = self.sampler.prompt_logprob_tensors(
                 self.model.logits, hidden[first : first + end - start], targets, wanted
             )
+            if end == len(prompt) - 1:
+                del self._prompts[int(step.slots[row])]

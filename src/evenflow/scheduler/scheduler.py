@@ -146,8 +146,10 @@ class Scheduler:
     ) -> None:
         """Admit from the head of the queue while slots, budget and blocks last; nobody overtakes.
 
-        A block for each running request stays free: who is admitted into the last ones is soon preempted.
+        A block stays free for each running request that may need one: who is admitted into the last ones is soon
+        preempted.
         """
+        num_kept = sum(map(self._may_grow, self.running))
         while self.waiting and budget and self._free_slots:
             request = self.waiting[0]
             if request.num_inflight_tokens:
@@ -160,10 +162,11 @@ class Scheduler:
                 return
             num_new = self._num_blocks_to_admit(end) - len(hits)
             num_free = self.pool.num_free - sum(self.pool.references[block] == 0 for block in hits)
-            if num_new + self._num_blocks_to_keep() > num_free:
+            if num_new + num_kept > num_free:
                 return
             self.waiting.popleft()
             self._admit(request, hits, num_new)
+            num_kept += self._may_grow(request)
             self._advance(request, end, num_total)
             budget -= end - start
             admitted.append(
@@ -182,9 +185,10 @@ class Scheduler:
     def _num_blocks_to_admit(self, end: int) -> int:
         return -(-end // self.block_size)
 
-    def _num_blocks_to_keep(self) -> int:
-        """A block for each running request, whether it needs one or ends before."""
-        return len(self.running)
+    def _may_grow(self, request: Request) -> bool:
+        """Beyond its blocks. The last token that it may have is stored nowhere."""
+        most = request.num_prompt_tokens + request.max_tokens - 1
+        return len(request.block_table) * self.block_size < most
 
     def _admit(self, request: Request, hits: list[int], num_new: int) -> None:
         for block in hits:

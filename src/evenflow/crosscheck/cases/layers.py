@@ -36,15 +36,21 @@ def _product(dtype: torch.dtype, num_outs: int, size: int, num_rows: int = 1) ->
     return normal(num_rows, size, dtype=dtype), normal(num_outs, size, dtype=dtype, seed=1)
 
 
-def _launch_few_rows(module: ModuleType, *arguments: Any, arch: str) -> torch.Tensor:
-    found: torch.Tensor = module.launch_few_row_linear(*arguments, arch=arch)
+def _launch_product(module: ModuleType, *arguments: Any, arch: str, gated: bool) -> torch.Tensor:
+    found: torch.Tensor = module.launch_own_product(*arguments, gated=gated, arch=arch)
     return found
 
 
-def _launch_gated(module: ModuleType, x: torch.Tensor, weight: torch.Tensor, arch: str) -> torch.Tensor:
-    launch = module.launch_linear if len(x) == 1 else module.launch_few_row_linear
-    found: torch.Tensor = launch(x, weight, gated=True, arch=arch)
-    return found
+def _product_case(num_rows: int, num_outs: int, size: int, *, gated: bool) -> Case:
+    return Case(
+        LINEAR,
+        "linear" if num_rows == 1 else "few_row_linear",
+        f"{num_rows} rows, {'gated, ' if gated else ''}{num_outs} x {size}",
+        partial(_product, num_outs=num_outs, size=size, num_rows=num_rows),
+        SIXTEEN_BITS,
+        gated_linear if gated else linear,
+        partial(_launch_product, gated=gated),
+    )
 
 
 def _rotary(
@@ -66,30 +72,8 @@ CASES = (
         Case(LINEAR, "linear", f"{n} x {size}", partial(_product, num_outs=n, size=size), SIXTEEN_BITS)
         for n, size in ((4, 4096), (8, 2048), (6, 3072), (4, 512), (8, 1192))
     ),
-    *(
-        Case(
-            LINEAR,
-            "few_row_linear",
-            f"{rows} rows, {n} x {size}",
-            partial(_product, num_outs=n, size=size, num_rows=rows),
-            SIXTEEN_BITS,
-            linear,
-            _launch_few_rows,
-        )
-        for rows, n, size in ((3, 128, 256), (17, 64, 320), (33, 64, 256))
-    ),
-    *(
-        Case(
-            LINEAR,
-            "linear" if rows == 1 else "few_row_linear",
-            f"{rows} rows, gated, {n} x {size}",
-            partial(_product, num_outs=n, size=size, num_rows=rows),
-            SIXTEEN_BITS,
-            gated_linear,
-            _launch_gated,
-        )
-        for rows, n, size in ((1, 6, 3072), (1, 8, 1192), (17, 128, 256))
-    ),
+    *(_product_case(*shape, gated=False) for shape in ((3, 128, 256), (17, 64, 320), (33, 64, 256))),
+    *(_product_case(*shape, gated=True) for shape in ((1, 6, 3072), (1, 8, 1192), (17, 128, 256))),
     Case(NORM, "rms_norm", "3 rows of 256", partial(_norm_rows, num_rows=3, size=256)),
     Case(NORM, "rms_norm", "2 rows of 200", partial(_norm_rows, num_rows=2, size=200)),
     Case(NORM, "rms_norm", "4 heads of 128, strided", _norm_heads),
