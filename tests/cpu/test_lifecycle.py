@@ -223,6 +223,7 @@ def test_a_server_that_cannot_start_says_why(args, text):
 
 
 def test_an_idle_server_uses_no_time():
+    """Whoever polls does so in every second; what a busy machine happens to charge us for is in some of them only."""
     with ServerProcess() as server:
         pids = [server.process.pid, server.engine_pid()]
         server.client.get("/ready")
@@ -231,12 +232,15 @@ def test_an_idle_server_uses_no_time():
         rest(lines)
         response.close()
         busy = [ticks(pid) - b for pid, b in zip(pids, before, strict=True)]
-        before = [ticks(pid) for pid in pids]
-        with pytest.raises(subprocess.TimeoutExpired):
-            server.process.wait(1.0)
-        idle = [ticks(pid) - b for pid, b in zip(pids, before, strict=True)]
-        assert idle[1] == 0, f"the engine used {idle[1]} ticks in an idle second, {busy[1]} in an answer"
-        assert idle[0] <= 1
+        seconds = []
+        for _ in range(10):
+            before = [ticks(pid) for pid in pids]
+            with pytest.raises(subprocess.TimeoutExpired):
+                server.process.wait(1.0)
+            seconds.append([ticks(pid) - b for pid, b in zip(pids, before, strict=True)])
+            if seconds[-1][0] <= 1 and seconds[-1][1] == 0:
+                return
+        pytest.fail(f"server and engine used {seconds} ticks in idle seconds, {busy} in an answer")
 
 
 def ticks(pid):
