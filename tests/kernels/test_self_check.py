@@ -35,6 +35,7 @@ def shape_of(dtype: str, cache_dtype: str | None = None, **changes: object) -> C
     sizes = {
         "hidden_size": 200, "intermediate_size": 300, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64,
         "vocab_size": 1003, "block_size": 16, "windows": (0,), "has_head_norm": False,
+        "products": ((300, 200, False), (200, 320, True), (192, 256, False), (640, 256, True)),
     }  # fmt: skip
     return CheckedShape(dtype=dtype, cache_dtype=cache_dtype or dtype, **sizes | changes)
 
@@ -53,7 +54,9 @@ def test_right_kernels_pass(shape):
     found = check_kernels(shape, CPU)
     assert [comparison for comparison in found if not comparison.is_right] == []
     kernels = {comparison.kernel for comparison in found}
-    assert kernels >= self_check.CHECKS.keys() | {"add_rms_norm", "scatter_words"}
+    checked = {kernel for kernel, _ in self_check.all_checks(shape, "")}
+    assert checked | {"add_rms_norm", "scatter_words"} <= kernels
+    assert ("linear" in kernels) == (shape.dtype != "float32")
     assert ("rms_norm of heads" in kernels) == shape.has_head_norm
 
 
@@ -64,6 +67,7 @@ PLANTED = {  # kernel: its module, code, bug
     "linear": (linear, "tl.sum(sums,", "tl.sum(1.03 * sums,"),
     "rotary_and_store": (rotary, "* S + index % S", "* S + (index + 1) % S"),
     "paged_attention": (paged_attention, "sums * weights[:, None]", "sums"),
+    "plan_attention": (attention_plan, "(piece + 1) * piece_len, ", "(piece + 1) * piece_len - 1, "),
     "expand_rows": (step_inputs, ".bit_length()", ".bit_length() - 3"),
     "scatter_words": (step_inputs, "mask = i < count", "mask = i <= count"),
     "draw": (draw, "_log_exponential(w2, ", "_log_exponential(w1, "),
@@ -78,11 +82,11 @@ PLANTED = {  # kernel: its module, code, bug
 def test_wrong_kernels_are_named(kernel, tmp_path, monkeypatch):
     module, code, bug = PLANTED[kernel]
     check = {"add_rms_norm": "rms_norm", "scatter_words": "expand_rows"}.get(kernel, kernel)
-    monkeypatch.setattr(self_check, "CHECKS", {check: self_check.CHECKS[check]})
     with planted(module, code, bug, tmp_path) as copy:
         for name in [name for name in vars(self_check) if name.startswith("launch_") and hasattr(copy, name)]:
             monkeypatch.setattr(self_check, name, getattr(copy, name))
-        wrong = {comparison.kernel for comparison in check_kernels(shape_of("float16"), CPU) if not comparison.is_right}
+        found = check_kernels(shape_of("float16"), CPU, {check})
+    wrong = {comparison.kernel for comparison in found if not comparison.is_right}
     assert kernel in wrong
     assert wrong <= {name for name, (other, *_) in PLANTED.items() if other is module}
 
@@ -105,11 +109,35 @@ def test_wrong_attention_is_seen_with_windows_and_8_bits(code, bug, tmp_path, mo
         found = [
             comparison.is_right
             for windows in ((0,), (40,))
-            for comparison in self_check.CHECKS["paged_attention"](
-                self_check._Inputs(shape_of("float16", "float8_e4m3fn", windows=windows), CPU)
+            for comparison in check_kernels(
+                shape_of("float16", "float8_e4m3fn", windows=windows), CPU, {"paged_attention"}
             )
         ]
     assert not all(found)
+
+
+@pytest.mark.parametrize(
+    ("code", "bug"),
+    [
+        ("(split + 1) * num_steps // SPLITS", "(split + 1) * (num_steps - 1) // SPLITS"),
+        ("total += tl.load(tile_ptrs + part * SIZE", "total = tl.load(tile_ptrs + part * SIZE"),
+        ("rows // HALF * D", "rows // HALF * (D - 1)"),
+        ("activated(gate, up)", "activated(up, gate)"),
+    ],
+)
+def test_wrong_products_of_few_rows_are_seen(code, bug, tmp_path, monkeypatch):
+    shape = shape_of("float16", products=((128, 1024, False), (128, 1024, True)))
+    checks = [
+        check for kernel, check in self_check.all_checks(shape, "sm_90") if kernel == "linear"
+    ]  # K is split there
+
+    def are_right() -> bool:
+        return all(comparison.is_right for check in checks for comparison in check(self_check._Inputs(shape, CPU)))
+
+    assert are_right()
+    with planted(linear, code, bug, tmp_path) as copy:
+        monkeypatch.setattr(self_check, "launch_few_row_linear", copy.launch_few_row_linear)
+        assert not are_right()
 
 
 def test_not_a_number_is_wrong():
@@ -126,7 +154,7 @@ def test_kernels_that_do_not_run_are_named(monkeypatch):
 
     monkeypatch.setattr(self_check, "launch_silu_and_mul", launch)
     with pytest.raises(KernelError, match="kernel silu_and_mul does not run: OSError: out of registers"):
-        check_kernels(shape_of("float16"), CPU)
+        check_kernels(shape_of("float16"), CPU, {"silu_and_mul"})
 
 
 class FakeGpu:

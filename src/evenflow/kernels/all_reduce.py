@@ -20,7 +20,7 @@ epoch e - 2 again, when all peers have begun epoch e - 1, hence ended e - 2.
 A wait ends when the host says so (`PeerBuffers.abort`, for those whose peers are dead) or after MAX_POLLS, minutes.
 What it waited for counts as NaN: a dead peer gives an error in every row, not wrong text, and no kernel runs for ever.
 """
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -188,7 +188,7 @@ def _add_and_norm(total, residual_ptr, weight_ptr, out_ptr, sum_ptr, rows, cols,
     tl.store(out_ptr + outs, normed, mask=mask)
 
 
-@jit
+@jit(do_not_specialize=("num_rows",))
 def _one_shot_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, pointers_ptr, state_ptr,
     num_rows, x_stride, residual_stride, D, eps, max_polls,
@@ -210,7 +210,7 @@ def _one_shot_kernel(
     _end_of_epoch(state_ptr, epoch)
 
 
-@jit
+@jit(do_not_specialize=("num_rows",))
 def _two_shot_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, pointers_ptr, state_ptr,
     num_rows, x_stride, residual_stride, D, eps, max_polls,

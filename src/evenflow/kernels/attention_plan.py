@@ -130,7 +130,7 @@ def plan_attention(rows: DeviceRows) -> None:
         launch_plan_attention(rows)
 
 
-@jit(do_not_specialize=("num_rows",))
+@jit(do_not_specialize=("num_rows", "target_items"))
 def _plan_kernel(
     query_starts_ptr, seq_lens_ptr, slots_ptr, items_ptr, splits_ptr, prompts_ptr, counts_ptr, num_rows, target_items,
     GRANULE: tl.constexpr, ITEM_FIELDS: tl.constexpr, SPLIT_FIELDS: tl.constexpr, PROMPT_FIELDS: tl.constexpr,

@@ -2,7 +2,7 @@
 
 On a GPU a program norms a few rows that it keeps in registers: each element is read once and written once.
 """
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def _normed(x, weight, D, eps):
     return (x32 * tl.rsqrt(mean + eps)[:, None]).to(x.dtype) * weight[None, :]
 
 
-@jit
+@jit(do_not_specialize=("num_rows",))
 def _rms_norm_kernel(
     x_ptr, weight_ptr, out_ptr, num_rows, num_heads, token_stride, head_stride, D, eps,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
@@ -64,7 +64,7 @@ def _rms_norm_kernel(
     tl.store(out_ptr + outs, _normed(x, weight, D, eps), mask=mask)
 
 
-@jit
+@jit(do_not_specialize=("num_rows",))
 def _add_rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, num_rows, x_stride, residual_stride, D, eps,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,

@@ -1,16 +1,17 @@
 """Does every kernel compute on this device what its reference does? On small inputs of a model's own shape.
 
 Owns the inputs, the comparisons and their bounds. When it is asked, and how long an answer holds, is the runner's.
-References run on the CPU, so that nothing of the device's own is trusted.
+References run on the CPU, so that nothing of the device's own is trusted. The inputs are such that what is compared is
+what steps launch later, compiled once: a model that was checked compiles nothing more for its plain steps.
 """
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise, product
 
 import numpy as np
 import torch
@@ -20,10 +21,10 @@ from evenflow.kernels.all_reduce import PeerBuffers, launch_reduce_add_rms_norm,
 from evenflow.kernels.attention_plan import DeviceRows, launch_plan_attention, make_plan
 from evenflow.kernels.draw import launch_draw
 from evenflow.kernels.filter import filter_thresholds, launch_filter_thresholds
+from evenflow.kernels.language import current_arch
 from evenflow.kernels.linear import (
     few_row_launch,
     gated_linear,
-    is_own_product,
     launch_few_row_linear,
     launch_linear,
     linear,
@@ -43,10 +44,13 @@ from evenflow.kernels.step_inputs import (
     launch_scatter_words,
     scatter_words,
 )
+from evenflow.kernels.tuning import FewRowTile, own_product_rows
 
 NUM_TOKENS = 19
-NUM_OUTS, NUM_FEW_OUTS = 24, 128  # of a product, whose weights would be most of what is copied; and with a few rows
-NUM_FEW_ROWS = 5
+NUM_OUTS = 24  # of a product of one row, whose weights would be most of what is copied
+NUM_FEW_TILES = 2  # of outputs, of a product of a few rows
+FEW_ROWS = (16, 32, 64)  # what these are padded to; so many but three are compared
+PLANNED_ROWS = (32, 64, 128, 256, 512, 1024)  # of a step, likewise; with more rows the plan is compiled when they come
 MAX_WINDOW = 8192  # rows of larger windows would cost more than they tell
 # Kernel and reference round at different places: two units in the last place, and what sums in float32 differ by.
 # Interpreted kernels were at most 0.8 units off in float16 and bfloat16, and 8e-7 in float32.
@@ -59,7 +63,10 @@ CHECK_POLLS = 1 << 24  # of a peer that may be compiling: some ten seconds
 
 @dataclass(frozen=True, slots=True)
 class CheckedShape:
-    """What of a model decides how its kernels are compiled, on one rank. windows: of its layers, 0 for none."""
+    """What of a model decides how its kernels are compiled, on one rank.
+
+    windows: of its layers, 0 for none. products: (outputs, inputs, is gated) of those without a bias.
+    """
 
     dtype: str
     cache_dtype: str
@@ -72,6 +79,7 @@ class CheckedShape:
     block_size: int
     windows: tuple[int, ...]
     has_head_norm: bool
+    products: tuple[tuple[int, int, bool], ...]
 
     def __str__(self) -> str:
         cache = "" if self.cache_dtype == self.dtype else f" with a cache of {self.cache_dtype}"
@@ -121,24 +129,52 @@ def check_all_reduce(peers: PeerBuffers, hidden_size: int, dtype: torch.dtype) -
     return found
 
 
-def check_kernels(shape: CheckedShape, device: torch.device) -> list[Comparison]:
+def check_kernels(shape: CheckedShape, device: torch.device, kernels: Container[str] | None = None) -> list[Comparison]:
     """Compare every kernel that a model of this shape uses. Raises KernelError if one does not even run.
 
     device: where they are launched; a CPU only under an interpreter. On a GPU the checks run side by side: nearly all
-    of their time is the compiler's, which works beside Python.
+    of their time is the compiler's, which works beside Python. kernels: only these.
     """
     num_threads, start = 1, None
+    arch = current_arch() if device.type == "cuda" else ""
+    checks = [(kernel, check) for kernel, check in all_checks(shape, arch) if kernels is None or kernel in kernels]
     if device.type == "cuda":
-        num_threads = min(len(CHECKS), os.cpu_count() or 1)
+        num_threads = min(len(checks), os.cpu_count() or 1)
         start = partial(torch.cuda.set_device, torch.cuda.current_device())  # each thread has its own
     with ThreadPoolExecutor(num_threads, "evenflow-check", start) as pool:
-        found = list(pool.map(partial(_run_check, shape, device), CHECKS.items()))
+        found = list(pool.map(partial(_run_check, shape, device), checks))
     return list(chain.from_iterable(found))
 
 
-def _run_check(
-    shape: CheckedShape, device: torch.device, item: tuple[str, Callable[["_Inputs"], Iterator[Comparison]]]
-) -> list[Comparison]:
+def all_checks(shape: CheckedShape, arch: str) -> list[tuple[str, "Check"]]:
+    """By kernel. Each compiles little, so that they spread over the processors; what compiles longest is first."""
+    logits = dict.fromkeys((shape.dtype, "float32"))
+    return [
+        *(
+            ("paged_attention", partial(_check_paged_attention, window=window, is_mixed=is_mixed))
+            for window in sorted(set(shape.windows))
+            for is_mixed in (True, False)
+        ),
+        *(("filter_thresholds", partial(_check_filter_thresholds, dtype=dtype)) for dtype in logits),
+        *(
+            ("draw", partial(_check_draw, dtype=dtype, num_rows=num_rows, is_filtered=is_filtered))
+            for dtype in logits
+            for num_rows in (3, len(_SLOTS))
+            for is_filtered in (False, True)
+        ),
+        *(("plan_attention", partial(_check_plan, num_rows=num_rows)) for num_rows in PLANNED_ROWS),
+        *(("linear", check) for check in _product_checks(shape, arch)),
+        ("rms_norm", _check_rms_norm),
+        ("silu_and_mul", _check_silu_and_mul),
+        ("rotary_and_store", _check_rotary_and_store),
+        ("expand_rows", _check_step_inputs),
+        ("apply_penalties", _check_penalties),
+        ("apply_masks", _check_masks),
+        ("token_logprobs", _check_token_logprobs),
+    ]
+
+
+def _run_check(shape: CheckedShape, device: torch.device, item: tuple[str, "Check"]) -> list[Comparison]:
     kernel, check = item
     try:
         return list(check(_Inputs(shape, device)))
@@ -190,15 +226,17 @@ def _check_rms_norm(inputs: _Inputs) -> Iterator[Comparison]:
     weight = 1 + 0.1 * inputs.normal(shape.hidden_size)
     dx, dresidual, dweight = inputs.on_device(x, residual, weight)
     yield _floats("rms_norm", launch_rms_norm(dx, dweight, EPS), rms_norm(x, weight, EPS))
-    found, expected = launch_add_rms_norm(dx, dresidual, dweight, EPS), add_rms_norm(x, residual, weight, EPS)
-    for a, b in zip(found, expected, strict=True):
-        yield _floats("add_rms_norm", a, b)
+    pairs = zip(launch_add_rms_norm(dx, dresidual, dweight, EPS), add_rms_norm(x, residual, weight, EPS), strict=True)
+    for found, expected in pairs:
+        yield _floats("add_rms_norm", found, expected)
     if shape.has_head_norm:
         joint = inputs.normal(NUM_TOKENS, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
         weight = 1 + 0.1 * inputs.normal(shape.head_dim)
         djoint, dweight = inputs.on_device(joint, weight)
-        heads = launch_rms_norm(djoint[:, : shape.num_heads], dweight, EPS)
-        yield _floats("rms_norm of heads", heads, rms_norm(joint[:, : shape.num_heads], weight, EPS))
+        queries, keys = slice(shape.num_heads), slice(shape.num_heads, shape.num_heads + shape.num_kv_heads)
+        for heads in (queries, keys):
+            found, expected = launch_rms_norm(djoint[:, heads], dweight, EPS), rms_norm(joint[:, heads], weight, EPS)
+            yield _floats("rms_norm of heads", found, expected)
 
 
 def _check_silu_and_mul(inputs: _Inputs) -> Iterator[Comparison]:
@@ -206,29 +244,46 @@ def _check_silu_and_mul(inputs: _Inputs) -> Iterator[Comparison]:
     yield _floats("silu_and_mul", launch_silu_and_mul(*inputs.on_device(x)), silu_and_mul(x))
 
 
-def _check_linear(inputs: _Inputs) -> Iterator[Comparison]:
-    """Of one row and of a few, for every length of the rows of a weight. The library is not checked."""
-    shape = inputs.shape
-    for size in dict.fromkeys((shape.hidden_size, shape.num_heads * shape.head_dim, shape.intermediate_size)):
-        for launch, num_rows, num_outs in (
-            (launch_linear, 1, NUM_OUTS),
-            (launch_few_row_linear, NUM_FEW_ROWS, NUM_FEW_OUTS),
-        ):
-            x, weight = inputs.normal(num_rows, size), inputs.normal(num_outs, size)
-            dx, dweight = inputs.on_device(x, weight)
-            if _runs_own_product(dx, dweight):
-                expected = linear(x.float(), weight.float()).to(x.dtype)
-                yield _floats("linear", launch(dx, dweight), expected)
-                if size == shape.hidden_size:
-                    expected = gated_linear(x.float(), weight.float()).to(x.dtype)
-                    yield _floats("linear", launch(dx, dweight, gated=True), expected)
+def _product_checks(shape: CheckedShape, arch: str) -> Iterator["Check"]:
+    """Of one row by the length of a weight's rows, and of a few rows by how they are launched. The library is right."""
+    most = own_product_rows(arch) if arch else max(FEW_ROWS)  # interpreted wherever it fits
+    if getattr(torch, shape.dtype).itemsize != 2 or most == 0:
+        return
+    for size, is_gated in dict.fromkeys((size, is_gated) for _, size, is_gated in shape.products):
+        yield partial(_check_product, num_outs=NUM_OUTS, size=size, is_gated=is_gated)
+    seen = set()
+    for num_rows, (num_outs, size, is_gated) in product(FEW_ROWS, shape.products):
+        launch = few_row_launch(arch, num_rows, num_outs, size)
+        if launch is None or num_rows > most:
+            continue
+        options, num_splits = launch.arguments, launch.grid[1]
+        tile = FewRowTile(
+            options["BLOCK_N"],
+            options["BLOCK_K"],
+            options["num_warps"],
+            options["num_stages"],
+            num_programs=NUM_FEW_TILES * num_splits,
+        )
+        key = (num_rows, size, is_gated, num_splits, tile)
+        if key not in seen:
+            seen.add(key)
+            yield partial(
+                _check_product,
+                num_outs=NUM_FEW_TILES * tile.block_n, size=size, is_gated=is_gated, num_rows=num_rows - 3, tile=tile,
+            )  # fmt: skip
 
 
-def _runs_own_product(x: Tensor, weight: Tensor) -> bool:
-    """On a GPU only where it is taken, interpreted wherever it fits."""
-    if x.is_cuda:
-        return is_own_product(x, weight)
-    return x.shape[0] == 1 or (x.dtype.itemsize == 2 and few_row_launch("", len(x), *weight.shape) is not None)
+def _check_product(
+    inputs: _Inputs, num_outs: int, size: int, is_gated: bool, num_rows: int = 1, tile: FewRowTile | None = None
+) -> Iterator[Comparison]:
+    x, weight = inputs.normal(num_rows, size), inputs.normal(num_outs, size)
+    expected = (gated_linear if is_gated else linear)(x.float(), weight.float()).to(x.dtype)
+    dx, dweight = inputs.on_device(x, weight)
+    if tile is None:
+        found = launch_linear(dx, dweight, gated=is_gated)
+    else:
+        found = launch_few_row_linear(dx, dweight, gated=is_gated, tile=tile)
+    yield _floats("linear", found, expected)
 
 
 def _check_rotary_and_store(inputs: _Inputs) -> Iterator[Comparison]:
@@ -256,11 +311,11 @@ def _check_rotary_and_store(inputs: _Inputs) -> Iterator[Comparison]:
     yield Comparison("rotary_and_store", difference, EIGHT_BIT_SHARE * expected.abs().mean().item())
 
 
-def _check_paged_attention(inputs: _Inputs) -> Iterator[Comparison]:
-    for window in sorted(set(inputs.shape.windows)):
-        longest = min(window, MAX_WINDOW) + 70 if window else 300
-        for rows in ([(1, longest), (1, 17), (0, 0)], [(9, 40), (1, longest), (35, 35), (1, 1), (3, longest)]):
-            yield _attention(inputs, rows, window or None)
+def _check_paged_attention(inputs: _Inputs, window: int, is_mixed: bool) -> Iterator[Comparison]:
+    """is_mixed: with prompts among the rows."""
+    longest = min(window, MAX_WINDOW) + 70 if window else 300
+    rows = [(9, 40), (1, longest), (35, 35), (1, 1), (3, longest)] if is_mixed else [(1, longest), (1, 17), (0, 0)]
+    yield _attention(inputs, rows, window or None)
 
 
 def _attention(inputs: _Inputs, rows: list[tuple[int, int]], window: int | None) -> Comparison:
@@ -269,7 +324,7 @@ def _attention(inputs: _Inputs, rows: list[tuple[int, int]], window: int | None)
     counts = torch.tensor([-(-keys // shape.block_size) for _, keys in rows])
     num_blocks = int(counts.sum())
     blocks = torch.randperm(num_blocks, generator=inputs.generator).to(torch.int32)
-    tables = torch.zeros(len(rows), int(counts.max()), dtype=torch.int32)
+    tables = torch.zeros(len(rows), -(-int(counts.max()) // 16) * 16, dtype=torch.int32)  # as long as in a step
     tables[torch.arange(tables.shape[1]) < counts[:, None]] = blocks
     cache = inputs.normal(num_blocks, 2, shape.num_kv_heads, shape.block_size, shape.head_dim, dtype=inputs.cache_dtype)
     query_lens = [queries for queries, _ in rows]
@@ -301,13 +356,45 @@ def _attention(inputs: _Inputs, rows: list[tuple[int, int]], window: int | None)
     return _floats("paged_attention", found, expected)
 
 
+def _check_plan(inputs: _Inputs, num_rows: int) -> Iterator[Comparison]:
+    """Counts decode rows whose pieces are not all of their keys, in order, and whether prompts are listed wrongly."""
+    num_queries = inputs.integers(4, num_rows)
+    seq_lens = torch.where(num_queries > 0, num_queries + inputs.integers(3000, num_rows), 0)
+    query_starts = torch.cat([torch.zeros(1, dtype=torch.int32), num_queries.cumsum(0).to(torch.int32)])
+    slots = torch.randperm(num_rows, generator=inputs.generator).to(torch.int32)
+    plan = make_plan(num_rows, 1, 1, 16, inputs.device)
+    dstarts, dlens, dslots = inputs.on_device(query_starts, seq_lens, slots)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    launch_plan_attention(DeviceRows(dstarts, dlens, dslots, dslots[None], nothing, nothing, 4, plan))
+    num_items, _, num_prompts, num_prompt_queries = plan.counts.cpu().tolist()
+    tokens, lens, slots_of = query_starts.tolist(), seq_lens.tolist(), slots.tolist()
+    planned: dict[int, list[tuple[int, ...]]] = {
+        token: [] for token, n in zip(tokens, num_queries.tolist(), strict=False) if n == 1
+    }
+    for token, slot, first, end, length, *_ in sorted(plan.items[:num_items].cpu().tolist()):
+        planned.setdefault(token, []).append((slot, first, end, length))
+    wrong, total, prompts = 0, 0, []
+    for row, n in enumerate(num_queries.tolist()):
+        if n == 1:
+            pieces = planned.pop(tokens[row])
+            ends = [0, *(end for _, _, end, _ in pieces)]
+            expected = [(slots_of[row], first, end, lens[row]) for first, end in pairwise(ends)]
+            wrong += pieces != expected or ends[-1] != lens[row] or ends != sorted(set(ends))
+        elif n > 1:
+            prompts.append([total, tokens[row], n, lens[row], slots_of[row]])
+            total += n
+    wrong += len(planned) + (total != num_prompt_queries)
+    wrong += prompts != [fields[:5] for fields in plan.prompts[:num_prompts].cpu().tolist()]
+    yield Comparison("plan_attention", float(wrong), 0.0)
+
+
 def _check_step_inputs(inputs: _Inputs) -> Iterator[Comparison]:
     block_size, length = inputs.shape.block_size, 80
     query_starts = torch.tensor([0, 1, 8, 8, 17, 17], dtype=torch.int32)
     starts = torch.tensor([41, 0, 0, 30, 0], dtype=torch.int32)
     slots = torch.tensor([3, 0, 0, 5, 0], dtype=torch.int32)
     buffer = inputs.integers(inputs.shape.vocab_size, 6, length)
-    tables = inputs.integers(10**6, 6, -(-length // block_size))
+    tables = inputs.integers(10**6, 6, -(-length // 16) * 16)  # of so many blocks or fewer
     expected, places = torch.full((3, 32), -9), torch.full((3, 32), -9)
     expand_rows_ref(query_starts, starts, slots, buffer, tables, block_size, *expected)
     dqueries, dstarts, dslots, dbuffer, dtables, found = inputs.on_device(
@@ -353,17 +440,14 @@ def _logits(inputs: _Inputs, dtype: torch.dtype) -> Tensor:
     return 3 * inputs.normal(len(_SLOTS), inputs.shape.vocab_size, dtype=dtype)
 
 
-def _check_draw(inputs: _Inputs) -> Iterator[Comparison]:
-    """Of few rows, as the model gives their logits; of more, in float32, as edits leave them, with thresholds."""
-    (slots, lengths), table = _rows(), _table()
-    raw = _logits(inputs, inputs.dtype)[:3]
-    found = launch_draw(*inputs.on_device(raw, table, slots[:3], lengths[:3]))
-    yield Comparison("draw", _lost_score(raw, found.cpu(), None), 1e-3)
-    logits = _logits(inputs, torch.float32)
-    thresholds = filter_thresholds(logits, table, slots)
+def _check_draw(inputs: _Inputs, dtype: str, num_rows: int, is_filtered: bool) -> Iterator[Comparison]:
+    """dtype: as the model gives logits, or float32, as edits leave them. num_rows: few, or all."""
+    (slots, lengths), table = (values[:num_rows] for values in _rows()), _table()
+    logits = _logits(inputs, getattr(torch, dtype))[:num_rows]
+    thresholds = filter_thresholds(logits, table, slots) if is_filtered else None
     buffer = inputs.integers(inputs.shape.vocab_size, len(_REQUESTS), 64)
-    on_device = inputs.on_device(logits, table, slots, lengths, buffer, thresholds)
-    found = launch_draw(*on_device).cpu()
+    on_device = inputs.on_device(logits, table, slots, lengths, buffer)
+    found = launch_draw(*on_device, *([] if thresholds is None else inputs.on_device(thresholds))).cpu()
     yield Comparison("draw", _lost_score(logits, found, thresholds), 1e-3)
     rows = slots >= 0
     buffer[slots[rows].long(), lengths[rows].long()] = found[rows].clamp(min=0)
@@ -391,16 +475,15 @@ def _lost_score(logits: Tensor, tokens: Tensor, thresholds: Tensor | None) -> fl
     return float((scores.amax(-1) - scores.gather(1, tokens[:num_rows, None].long())[:, 0]).max())
 
 
-def _check_filter_thresholds(inputs: _Inputs) -> Iterator[Comparison]:
+def _check_filter_thresholds(inputs: _Inputs, dtype: str) -> Iterator[Comparison]:
     """Thresholds may lie between those of a little more and a little less top_p."""
     slots, table = _rows()[0], _table()
-    for dtype in dict.fromkeys((inputs.dtype, torch.float32)):
-        logits = _logits(inputs, dtype)
-        dlogits, dtable, dslots = inputs.on_device(logits, table, slots)
-        found = launch_filter_thresholds(dlogits, dtable, dslots).cpu()
-        low, high = (filter_thresholds(logits, _table(shift), slots) for shift in (TOP_P_SHIFT, -TOP_P_SHIFT))
-        outside = torch.maximum(low - found, found - high).masked_fill((found == low) | (found == high), 0.0)
-        yield Comparison("filter_thresholds", max(outside.max().item(), 0.0), 1e-5)
+    logits = _logits(inputs, getattr(torch, dtype))
+    dlogits, dtable, dslots = inputs.on_device(logits, table, slots)
+    found = launch_filter_thresholds(dlogits, dtable, dslots).cpu()
+    low, high = (filter_thresholds(logits, _table(shift), slots) for shift in (TOP_P_SHIFT, -TOP_P_SHIFT))
+    outside = torch.maximum(low - found, found - high).masked_fill((found == low) | (found == high), 0.0)
+    yield Comparison("filter_thresholds", max(outside.max().item(), 0.0), 1e-5)
 
 
 def _check_penalties(inputs: _Inputs) -> Iterator[Comparison]:
@@ -435,16 +518,4 @@ def _check_token_logprobs(inputs: _Inputs) -> Iterator[Comparison]:
     yield _exact("token_logprobs", (found[0], expected[0]), (found[2], expected[2]))
 
 
-CHECKS: dict[str, Callable[[_Inputs], Iterator[Comparison]]] = {
-    "rms_norm": _check_rms_norm,
-    "silu_and_mul": _check_silu_and_mul,
-    "linear": _check_linear,
-    "rotary_and_store": _check_rotary_and_store,
-    "paged_attention": _check_paged_attention,
-    "expand_rows": _check_step_inputs,
-    "draw": _check_draw,
-    "filter_thresholds": _check_filter_thresholds,
-    "apply_penalties": _check_penalties,
-    "apply_masks": _check_masks,
-    "token_logprobs": _check_token_logprobs,
-}
+Check = Callable[[_Inputs], Iterator[Comparison]]

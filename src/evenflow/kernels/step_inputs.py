@@ -62,18 +62,18 @@ def expand_rows_ref(
     store_index.copy_(torch.where(is_real, blocks * block_size + p % block_size, -1))
 
 
-@jit(do_not_specialize=("R", "T"))
+@jit(do_not_specialize=("R", "T", "num_steps"))
 def _expand_rows_kernel(
     query_starts_ptr, starts_ptr, slots_ptr, token_buffer_ptr, block_tables_ptr, token_ids_ptr, positions_ptr,
-    store_index_ptr, R, T, buffer_stride, table_stride,
-    S: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    store_index_ptr, R, T, buffer_stride, table_stride, num_steps,
+    S: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     wait_for_previous(PDL)
     is_real = t < tl.load(query_starts_ptr + R)
     low = tl.zeros([BLOCK], tl.int32)  # the last row that begins at or before t
     high = tl.zeros([BLOCK], tl.int32) + R
-    for _ in range(STEPS):
+    for _ in range(num_steps):
         middle = (low + high) // 2
         is_at_or_before = tl.load(query_starts_ptr + middle) <= t
         low = tl.where(is_at_or_before & (middle < R), middle, low)
@@ -104,11 +104,11 @@ def launch_expand_rows(
 ) -> None:
     """The kernel of expand_rows. arch: None for that of token_ids."""
     num_rows, num_tokens = len(starts), len(token_ids)
-    steps = next_power_of_2(num_rows + 1).bit_length()
+    num_steps = next_power_of_2(num_rows + 1).bit_length()
     _expand_rows_kernel[(cdiv(num_tokens, BLOCK),)](
         query_starts, starts, slots, token_buffer, block_tables, token_ids, positions, store_index,
-        num_rows, num_tokens, token_buffer.stride(0), block_tables.stride(0),
-        S=block_size, STEPS=steps, BLOCK=BLOCK, num_warps=4,
+        num_rows, num_tokens, token_buffer.stride(0), block_tables.stride(0), num_steps,
+        S=block_size, BLOCK=BLOCK, num_warps=4,
         **dependent_launch(arch_of(token_ids, arch)),
     )  # fmt: skip
 

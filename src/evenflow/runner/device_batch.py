@@ -22,24 +22,30 @@ Ints = npt.NDArray[np.int64]
 MIN_UPDATES = 1 << 14
 
 
+def aligned_words(count: int) -> int:
+    """So many int32 words or a few more, divisible by 16: what a model's kernels are compiled for does not depend on
+    how many requests, tokens or blocks a server is started for."""
+    return -(-count // 16) * 16
+
+
 class RowWords:
     """Views of one buffer of int32 words: what a step says of its N = max_num_seqs rows.
 
     query_starts: [N + 1]; starts, seq_lens, slots: [N]. Of the rows that sample, first: sample_tokens (the index of
     each one's last token), sample_slots, sample_lengths (prompt and output so far): [N]. Beyond them is 0, an index
-    that padding may be read with.
+    that padding may be read with. Each begins where its address is divisible by 16, see aligned_words.
     """
 
     def __init__(self, words: Tensor, max_num_seqs: int) -> None:
         self.words = words
-        n = max_num_seqs
-        parts = words.split([n + 1, n, n, n, n, n, n])
-        self.query_starts, self.starts, self.seq_lens, self.slots = parts[:4]
-        self.sample_tokens, self.sample_slots, self.sample_lengths = parts[4:]
+        parts = words.view(7, -1)
+        self.query_starts = parts[0, : max_num_seqs + 1]
+        self.starts, self.seq_lens, self.slots = parts[1:4, :max_num_seqs]
+        self.sample_tokens, self.sample_slots, self.sample_lengths = parts[4:, :max_num_seqs]
 
     @staticmethod
     def num_words(max_num_seqs: int) -> int:
-        return 7 * max_num_seqs + 1
+        return 7 * aligned_words(max_num_seqs + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +88,7 @@ class DeviceSlots:
     """What is known of the running requests, by slot, on the device; and what must be known of them on the host.
 
     token_ids: [max_num_seqs, max_model_len + 1]; block_tables: [max_num_seqs, blocks of a full-length request]; params:
-    [max_num_seqs, NUM_COLUMNS], see sampling_table.py; all int32.
+    [max_num_seqs, NUM_COLUMNS], see sampling_table.py; all int32. Rows may be longer, see aligned_words.
     """
 
     def __init__(
@@ -96,8 +102,8 @@ class DeviceSlots:
     ) -> None:
         self.block_size, self.vocab_size, self.stream = block_size, vocab_size, stream
         device = stream.device
-        max_blocks = -(-max_model_len // block_size)
-        self.token_ids = torch.zeros(max_num_seqs, max_model_len + 1, dtype=torch.int32, device=device)
+        row_words, max_blocks = aligned_words(max_model_len + 1), aligned_words(-(-max_model_len // block_size))
+        self.token_ids = torch.zeros(max_num_seqs, row_words, dtype=torch.int32, device=device)
         self.block_tables = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32, device=device)
         self.params = torch.zeros(max_num_seqs, NUM_COLUMNS, dtype=torch.int32, device=device)
         self.num_blocks = [0] * max_num_seqs

@@ -48,8 +48,16 @@ class Pending:
     prompt_logprobs: dict[int, Chunks] = field(default_factory=dict)
 
 
-def _checked_shape(settings: Settings, model: ModelConfig) -> CheckedShape:
+def _checked_shape(settings: Settings, model: ModelConfig, num_ranks: int) -> CheckedShape:
     """What the kernels of a rank are compiled for, whose view `model` is."""
+    hidden, heads, kv_heads = model.hidden_size, *(n * model.head_dim for n in (model.num_heads, model.num_kv_heads))
+    products = (
+        ((heads + 2 * kv_heads, hidden, False), model.qkv_bias),
+        ((hidden, heads, False), model.attention_out_bias),
+        ((2 * model.intermediate_size, hidden, True), model.mlp_bias),
+        ((hidden, model.intermediate_size, False), model.mlp_bias),
+        ((-(-model.vocab_size // num_ranks), hidden, False), False),
+    )
     return CheckedShape(
         dtype=settings.dtype,
         cache_dtype=settings.kv_cache_dtype,
@@ -62,6 +70,7 @@ def _checked_shape(settings: Settings, model: ModelConfig) -> CheckedShape:
         block_size=settings.block_size,
         windows=tuple(sorted({window or 0 for window in model.windows})),
         has_head_norm=model.model_type == "qwen3",
+        products=tuple(shape for shape, has_bias in products if not has_bias),
     )
 
 
@@ -87,7 +96,7 @@ class DeviceRunner:
         self.max_in_flight = 2 if settings.enable_overlap else 1
         tp = tp or TensorParallel()
         self.local = local_view(model_config, tp)  # the heads that this rank has
-        self.kernel_account = check_at_start(_checked_shape(settings, self.local), self.device)
+        self.kernel_account = check_at_start(_checked_shape(settings, self.local, tp.size), self.device)
         dtype = getattr(torch, settings.dtype)
         if settings.enable_custom_all_reduce and tp.size > 1:
             self.kernel_account += f"; {connect_peers(tp, model_config.hidden_size, dtype)}"
