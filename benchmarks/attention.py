@@ -302,6 +302,8 @@ def main() -> None:
     parser.add_argument("--cache-dtype", default="bfloat16", help="as torch names it, e.g. float8_e4m3fn")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("PyTorch sees no GPU here")
     report = run(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -154,6 +154,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON file to write")
     parser.add_argument("--only", default="", help="run the ops whose name contains this")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("PyTorch sees no GPU here")
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: copies at {bandwidth / 1e9:.0f} GB/s")
     lines = []

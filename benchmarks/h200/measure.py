@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -241,10 +242,14 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default={}, help="JSON object of engine options")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if find_spec(args.engine) is None:
+        parser.error(f"{args.engine} is not installed here")
     result: dict[str, Any] = {"engine": args.engine, "model": args.model, "options": args.options}
     if args.engine == "evenflow" and args.parts != ["startup"]:
         import torch
 
+        if not torch.cuda.is_available():
+            parser.error("PyTorch sees no GPU here")
         result["ceilings"] = ceilings()
         torch.cuda.empty_cache()
         result["versions"] = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name()}

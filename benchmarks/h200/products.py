@@ -68,6 +68,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["llama-2-7b", "llama-3.1-8b"], choices=list(SHAPES))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("PyTorch sees no GPU here")
     peak = ceilings()
     results = []
     for model in args.models:

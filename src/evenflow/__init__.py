@@ -1,4 +1,4 @@
-"""Evenflow: high-throughput LLM inference, at parity on AMD and NVIDIA GPUs from one code base, and on a CPU.
+"""Evenflow: high-throughput LLM inference from one code base: on NVIDIA GPUs, on AMD GPUs, and on a CPU.
 
 Public names are imported when they are first used, so that `import evenflow` costs nothing.
 """

@@ -49,6 +49,13 @@ def test_a_cell_by_hand():
     assert set(cell["percentiles"]) == {"10", "25", "50", "75", "90", "99"}
 
 
+def test_a_baseline_that_is_not_installed_is_said_before_the_work(monkeypatch, capsys):
+    monkeypatch.setattr("evenflow.bench.throughput.find_spec", lambda name: None)
+    monkeypatch.setattr("evenflow.bench.engines.open_engine", None)  # calling it would be a TypeError
+    assert main(["bench", "throughput", "--baseline", "transformers"]) == 2
+    assert "--baseline transformers needs it: pip install 'transformers" in capsys.readouterr().err
+
+
 def test_throughput_beside_limit_and_transformers(tmp_path, capsys):
     output = tmp_path / "t.json"
     arguments = ["--dataset", "random", "--random-input-len", "12", "--random-output-len", "6", "--num-prompts", "5"]

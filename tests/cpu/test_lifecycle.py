@@ -158,7 +158,8 @@ def test_keys_and_names_and_json_lines(tmp_path):
         server.process.send_signal(signal.SIGTERM)
         server.wait()
         lines = [json.loads(line) for line in server.lines]
-        assert {"path": "/v1/models", "status": 401}.items() <= lines[2].items()
+        assert lines[0]["message"] == "loading tales; the address is told when it answers"
+        assert {"path": "/v1/models", "status": 401}.items() <= lines[3].items()
         assert "secret" not in "".join(server.lines)
 
 
@@ -207,7 +208,10 @@ def test_a_port_in_use_is_one_line():
     [
         (("--port", "70000"), "port=70000 must be from 0 to 65535"),
         (("--api-key", " "), "api_key is empty"),
-        (("--api-key-file", "/nowhere"), "/nowhere"),
+        (
+            ("--api-key-file", "/nowhere"),
+            "api_key_file='/nowhere' cannot be read (No such file or directory); name a text",
+        ),
         (("--log-format", "xml"), "xml"),
         (("/nowhere/at-all",), "/nowhere/at-all"),
         (("--max-queue", "-1"), "max_queue=-1"),

@@ -356,6 +356,16 @@ def test_bad_prompts_are_refused_before_anything_runs(llama):
         assert not llm.engine.has_unfinished
 
 
+def test_weights_that_cannot_fit_are_refused_before_any_is_made(llama, monkeypatch):
+    monkeypatch.setattr("evenflow.platforms.cpu.available_memory_bytes", lambda: 1 << 17)
+    monkeypatch.setattr("evenflow.runner.model_runner.make_model", None)  # calling it would be a TypeError
+    message = (
+        r"the weights take \d+\.\d MiB in float32, and 0.1 MiB of memory are free; choose dtype='bfloat16', a smaller"
+    )
+    with pytest.raises(ValueError, match=message):
+        make_llm(llama.directory)
+
+
 def test_a_context_beyond_the_pool(llama):
     """Left open, the context shrinks to what the cache holds; asked for, it is an error with both numbers."""
     memory = str(BYTES_PER_TOKEN * 64)

@@ -18,7 +18,6 @@ from evenflow.bench.serving import ServingOptions, bench_serving
 from evenflow.bench.tables import Table, number, percent, plus_minus
 from evenflow.bench.throughput import bench_throughput
 from evenflow.bench.workload import Workload, builtin
-from evenflow.config import EngineConfig
 from evenflow.plan import make_plan, read_model_config
 from evenflow.platforms import inventory
 from evenflow.platforms.specs import Specs, all_specs, match_device
@@ -35,8 +34,7 @@ def choose_models(specs: Specs | None, num_devices: int) -> tuple[dict[str, int]
     """
     if specs is None:
         return {"demo": 1}, dict.fromkeys(seed.MODELS, "this machine has no GPU that platforms/specs.toml lists")
-    has_parallel = "tensor_parallel_size" in EngineConfig.__dataclass_fields__
-    counts = [n for n in (1, 2, 4, 8) if n <= (num_devices if has_parallel else 1)]
+    counts = [n for n in (1, 2, 4, 8) if n <= num_devices]
     chosen, left_out = {}, {}
     for name in seed.MODELS:
         plans = [make_plan(name, read_model_config(name), specs, n, max_model_len=2048) for n in counts]

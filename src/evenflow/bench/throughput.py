@@ -6,6 +6,7 @@ are tokenized before it. Output tokens/s stands beside it. Several repeats give 
 
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from evenflow.bench import engines, roofline
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 BASELINES = ("transformers",)
 BASELINE_BATCH = 32
+NO_TRANSFORMERS = "--baseline transformers needs it: pip install 'transformers>=5.23,<6'"
 WARMUP_REQUESTS, WARMUP_TOKENS = 8, 8
 
 Contestant = Callable[[Sequence[BenchRequest]], int]
@@ -41,6 +43,8 @@ def bench_throughput(
     """
     if repeats < 1:
         raise ValueError(f"--repeats {repeats} must be at least 1")
+    if baseline is not None and find_spec("transformers") is None:  # said before the engine's work, not after it
+        raise ValueError(NO_TRANSFORMERS)
     llm = engines.open_engine(model, {"enable_prefix_caching": False, **options})
     workload = make_workload(llm.settings.max_model_len, llm.model_config.vocab_size)
     check_fits(workload, llm.settings.max_model_len)
@@ -152,7 +156,7 @@ def transformers_runner(model: str, device: str, dtype: str) -> Contestant:
         import torch
         import transformers
     except ImportError:
-        raise ValueError("--baseline transformers needs it: pip install 'transformers>=5.23,<6'") from None
+        raise ValueError(NO_TRANSFORMERS) from None
     from evenflow.model_files import find_model
 
     library: Any = transformers  # parts of it are not typed

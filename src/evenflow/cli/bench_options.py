@@ -1,7 +1,6 @@
 """What `evenflow bench` can be told: its kinds, their texts and options. What they do is in bench.py."""
 
 import argparse
-import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -66,22 +65,11 @@ DATASETS = ("builtin", "sharegpt", "random", "prefix", "trace")
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
-    from evenflow.config import EngineConfig
-
     parser.add_argument(
         "model", nargs="?", default="demo", metavar="MODEL", help="directory, Hugging Face name, or a shape of `plan`"
     )
     parser.add_argument("--gpu", metavar="NAME", help="whose limits count, of platforms/specs.toml (default: found)")
     add_engine_options(parser, leave_out=("model",), has_explain=False)
-    if "tensor_parallel_size" not in {field.name for field in dataclasses.fields(EngineConfig)}:
-        parser.add_argument(
-            "--tensor-parallel-size",
-            dest="engine_tensor_parallel_size",
-            type=int,
-            metavar="N",
-            default=argparse.SUPPRESS,
-            help="GPUs to split the model over",
-        )
 
 
 def _add_workload(parser: argparse.ArgumentParser, *, count: int, has_tokenizer: bool) -> None:

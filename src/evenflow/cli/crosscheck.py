@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
     from evenflow.crosscheck.budgets import Budgets
     from evenflow.crosscheck.compiling import Compiled, Job
@@ -102,7 +102,7 @@ def _check_runs(args: argparse.Namespace) -> "list[Ran]":
     labels = select_runs(targets, args.kernel)
     with _progress() as progress:
         bars = {arch: progress.add_task(f"run {arch}", total=len(part), last="") for arch, part in labels.items()}
-        runs = run_all(labels, args.jobs, lambda ran: progress.update(bars[ran.target], advance=1, last=ran.label))
+        runs = run_all(labels, args.jobs, lambda ran: _advance(progress, bars[ran.target], ran.label))
     _console().print(runs_table(runs))
     _console().print()
     return runs
@@ -113,7 +113,7 @@ def triton_version() -> str:
     try:
         return str(import_module("triton").__version__)
     except ImportError as error:
-        raise ValueError(f"crosscheck needs triton ({error}); install it: pip install triton") from error
+        raise ValueError(f"crosscheck needs triton ({error}); install it: pip install 'triton>=3.6,<3.10'") from error
 
 
 def _all_specializations() -> "Specializations":
@@ -130,12 +130,20 @@ def _compile(jobs: "list[Job]", num_processes: int) -> "list[Compiled]":
         return compile_all(
             jobs,
             num_processes,
-            on_result=lambda compiled: progress.update(bars[compiled.target], advance=1, last=compiled.label),
+            on_result=lambda compiled: _advance(progress, bars[compiled.target], compiled.label),
         )
 
 
+def _advance(progress: "Progress", bar: "TaskID", last: str) -> None:
+    """One more is done. Where no bars are shown, a line says when all are."""
+    progress.update(bar, advance=1, last=last)
+    task = next(task for task in progress.tasks if task.id == bar)
+    if progress.disable and task.finished:
+        print(f"{task.description}: {task.total:,.0f} done", file=sys.stderr, flush=True)
+
+
 def _progress() -> "Progress":
-    """Bars on standard error; nothing where it is no terminal."""
+    """Bars on standard error; none where it is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

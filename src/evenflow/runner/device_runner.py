@@ -26,7 +26,7 @@ from evenflow.request import StepPlan, StepResult, TokenLogprobs, TokenMasks
 from evenflow.runner.device_batch import DeviceSlots, HostBuffers, HostStep
 from evenflow.runner.device_sampler import DeviceSampler, Sampled
 from evenflow.runner.graphs import Graphs, Sizes, round_up
-from evenflow.runner.kv_cache import MemoryPlan, make_caches, plan_device_memory
+from evenflow.runner.kv_cache import MemoryPlan, check_room_for_weights, make_caches, plan_device_memory
 from evenflow.runner.sampler import to_lists
 from evenflow.runner.start_check import check_at_start
 from evenflow.runner.stream import GpuStream, Stream
@@ -96,6 +96,7 @@ class DeviceRunner:
         self.max_in_flight = 2 if settings.enable_overlap else 1
         tp = tp or TensorParallel()
         self.local = local_view(model_config, tp)  # the heads that this rank has
+        check_room_for_weights(settings, model_config, tp.size)
         self.kernel_account = check_at_start(_checked_shape(settings, self.local, tp.size), self.device)
         dtype = getattr(torch, settings.dtype)
         if settings.enable_custom_all_reduce and tp.size > 1:

@@ -41,6 +41,23 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.1f} MiB"
 
 
+def check_room_for_weights(settings: Settings, model: ModelConfig, num_ranks: int) -> None:
+    """Raises ValueError, before anything is allocated, where a rank's part of the weights cannot fit."""
+    num_bytes = model.num_parameters * DTYPE_BYTES[settings.dtype] // num_ranks
+    if settings.device == "cpu":
+        free_bytes, where = cpu.available_memory_bytes(), "memory"
+    else:
+        free_bytes, where = torch.cuda.mem_get_info()[0], "the GPU's memory"
+    if num_bytes > free_bytes:
+        ways = "a smaller model, or tensor_parallel_size with more GPUs"
+        if settings.dtype == "float32":
+            ways = f"dtype='bfloat16', {ways}"
+        raise ValueError(
+            f"the weights take {_size(num_bytes)} in {settings.dtype}, and {_size(free_bytes)} of {where} are free; "
+            f"choose {ways}"
+        )
+
+
 def plan_memory(
     settings: Settings, model: ModelConfig, weight_bytes: int, tp: TensorParallel | None = None
 ) -> MemoryPlan:

@@ -17,7 +17,7 @@ from evenflow.model_config import ModelConfig
 from evenflow.models import make_model
 from evenflow.request import StepPlan, StepResult, TokenLogprobs, TokenMasks
 from evenflow.runner.batch import Batch, SlotState
-from evenflow.runner.kv_cache import MemoryPlan, make_caches, plan_memory
+from evenflow.runner.kv_cache import MemoryPlan, check_room_for_weights, make_caches, plan_memory
 from evenflow.runner.sampler import Sampler
 from evenflow.runner.threads import is_small, one_thread_if
 from evenflow.runner.weights import fill_dummy, load_weights
@@ -39,6 +39,7 @@ class ModelRunner:
         tp = tp or TensorParallel()
         self.device = torch.device(settings.device)
         self.local = local_view(model_config, tp)  # the heads that this rank has
+        check_room_for_weights(settings, model_config, tp.size)
         self.model = make_model(model_config, Placement(self.device, getattr(torch, settings.dtype), tp))
         if settings.load_format == "dummy":
             fill_dummy(self.model, settings.seed, tp.rank)

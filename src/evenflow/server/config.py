@@ -58,8 +58,14 @@ class ServerConfig:
         """All keys that open the server; none: it is open."""
         keys = [] if self.api_key is None else [self.api_key]
         if self.api_key_file is not None:
-            with open(self.api_key_file, encoding="utf-8") as lines:
-                found = [line.strip() for line in lines if line.strip()]
+            try:
+                with open(self.api_key_file, encoding="utf-8") as lines:
+                    found = [line.strip() for line in lines if line.strip()]
+            except (OSError, UnicodeDecodeError) as error:
+                reason = (error.strerror if isinstance(error, OSError) else None) or "not UTF-8"
+                raise ValueError(
+                    f"api_key_file={self.api_key_file!r} cannot be read ({reason}); name a text file, one key per line"
+                ) from None
             if not found:
                 raise ValueError(f"api_key_file={self.api_key_file!r} holds no key; write one per line")
             keys += found

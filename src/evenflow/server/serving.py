@@ -85,6 +85,7 @@ class Life:
     async def _load_and_wait(self) -> int:
         """The engine's life, as seen from here."""
         front = self.front
+        logger.info("loading %s; the address is told when it answers", front.model_name)
         starting = asyncio.create_task(front.client.start())
         stopping = asyncio.create_task(self._is_stopping.wait())
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
