@@ -157,7 +157,7 @@ class RequestDelta(msgspec.Struct, array_like=True, gc=False):
     stop_reason: int | None = None
     num_cached_tokens: int = 0
     error: str | None = None
-    is_grammar_end: bool = False  # a complete grammar ended it: its last token is text, not a stop token
+    is_grammar_end: bool = False  # a complete grammar ended it with a token that is text
 
 
 @dataclass(frozen=True, slots=True)

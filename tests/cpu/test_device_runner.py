@@ -18,6 +18,7 @@ from evenflow.runner import start_check
 from evenflow.runner.device_batch import DeviceSlots
 from evenflow.runner.device_runner import DeviceRunner
 from evenflow.runner.graphs import Graphs, Sizes, decode_sizes, mixed_sizes
+from evenflow.sampling_params import StructuredOutputsParams
 
 OPTIONS = {"max_model_len": 128, "max_num_seqs": 6, "kv_cache_memory": "1MiB", "dtype": "float32"}
 
@@ -383,3 +384,30 @@ def test_padded_sizes_cover_every_step():
     assert graphs.padded(Sizes(2049, 10, 500)) is None
     assert decode_sizes(300)[-1] == 300
     assert len(decode_sizes(1024)) + len(mixed_sizes()) < 70
+
+
+def test_a_guided_request_may_end_while_its_step_is_under_way(monkeypatch):
+    """By a stop string, or because its client left: with two steps in flight its next token is on its way by then."""
+    stream = LazyStream()
+
+    def make_runner(settings, model_config, path):
+        return DeviceRunner(replace(settings, enable_overlap=True), model_config, path, stream=stream)
+
+    monkeypatch.setattr(building, "make_runner", make_runner)
+    llm = LLM("demo", device="cpu", **OPTIONS | {"kv_cache_memory": "8MiB"})
+    guided = StructuredOutputsParams(regex="[a-z ]{40}")
+    llm._add(["There was"], [SamplingParams(max_tokens=40, ignore_eos=True, seed=1)])  # keeps two steps in flight
+    ids = llm._add(["Once upon"], [SamplingParams(max_tokens=30, structured_outputs=guided, seed=1)])
+    while not any(step.masks is not None for step in llm.engine._launched):
+        llm._step()
+    llm._abort(ids)
+    while llm.engine.has_unfinished:
+        llm._step()
+    stops = [SamplingParams(max_tokens=30, structured_outputs=guided, seed=seed, stop=["e"]) for seed in range(6)]
+    outputs = llm.generate(["Once upon"] * 6, stops, use_tqdm=False)
+    assert {output.outputs[0].finish_reason for output in outputs} <= {"stop", "length"}
+
+
+def test_more_tokens_than_words_are_numbered_are_refused():
+    with pytest.raises(ValueError, match="max_num_seqs=1024 requests of max_model_len=2097152 tokens are more than"):
+        DeviceSlots(1024, 2**21, 16, VOCAB, LazyStream(), 3)

@@ -101,6 +101,23 @@ def test_the_end_is_free_exactly_where_the_grammar_accepts(llm):
         assert all(len(text) == 3 for text in ask(llm, structured, **params))
 
 
+def test_an_end_that_is_ignored_is_no_text(llm):
+    structured = StructuredOutputsParams(regex="a+")
+    (text,) = ask(
+        llm, structured, seeds=[1], ignore_eos=True, skip_special_tokens=False, logit_bias={1: 50.0}, max_tokens=9
+    )
+    assert text == "a"
+
+
+def test_bad_words_that_leave_nothing_are_the_requests_own_fault(llm):
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(choice=["the"]), bad_words=["the", "t", "th"])
+    (output,) = llm.generate(ONCE, params)
+    completion, num_failed = output.outputs[0], llm.engine.stats().num_failed_rows
+    assert completion.finish_reason == "error"
+    assert completion.error.startswith("structured_outputs: bad_words, min_tokens or logit_bias leave no token")
+    assert num_failed == 0  # it is no sign of bad weights
+
+
 def test_what_ends_by_itself_keeps_its_last_token(llm):
     (output,) = llm.generate(ONCE, SamplingParams(structured_outputs=StructuredOutputsParams(choice=["cat"])))
     completion = output.outputs[0]

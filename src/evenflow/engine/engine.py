@@ -183,10 +183,12 @@ class Engine:
 
     def _end_complete(self, deltas: list[RequestDelta], complete: set[str]) -> None:
         """End the requests whose grammar takes nothing more; one that ended in this step anyway stays as it is."""
+        assert self._guided is not None
         for delta in deltas:
             if delta.request_id in complete and delta.finish_reason is None:
                 self.scheduler.finish(delta.request_id, FinishReason.STOP)
-                delta.finish_reason, delta.is_grammar_end = FinishReason.STOP, True
+                delta.finish_reason = FinishReason.STOP
+                delta.is_grammar_end = not self._guided.is_end(delta.new_token_ids[-1])
 
     def _take_queue_times(self, plan: StepPlan, now_s: float) -> list[tuple[str, float]]:
         """Of the requests in the plan that no step before has computed anything of."""
@@ -200,7 +202,7 @@ class Engine:
         self._last_end_s = now
         self._num_computed_tokens += plan.num_tokens
         self._num_output_tokens += len(result.token_ids) - result.token_ids.count(-1)
-        self._num_failed_rows += len(result.errors)
+        self._num_failed_rows += sum(not error.startswith("structured_outputs") for error in result.errors.values())
 
     def stats(self) -> EngineStats:
         """Where things stand between two steps."""

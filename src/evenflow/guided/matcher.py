@@ -20,6 +20,10 @@ from evenflow.tokenizer import Tokenizer
 logger = logging.getLogger("evenflow")
 
 MAX_CACHED_GRAMMARS = 64
+NOTHING_LEFT = (
+    "structured_outputs: bad_words, min_tokens or logit_bias leave no token that the grammar allows, or the model's "
+    "logits are not finite"
+)
 
 
 class GuidedDecoding:
@@ -29,8 +33,10 @@ class GuidedDecoding:
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
-        self._vocab_size = vocab_size
-        self._make_tokenizer: Callable[[], LLTokenizer] = lambda: make_tokenizer(tokenizer, vocab_size, eos_token_ids)
+        self._vocab_size, self._eos_token_ids = vocab_size, frozenset(eos_token_ids)
+        self._make_tokenizer: Callable[[], LLTokenizer] = lambda: make_tokenizer(
+            tokenizer, vocab_size, self._eos_token_ids
+        )
         self._tokenizer: LLTokenizer | None = None  # takes up to a second for a large vocabulary: when first needed
         self._executor: LLExecutor | None = None
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="evenflow-grammar")
@@ -48,6 +54,10 @@ class GuidedDecoding:
     def forget(self, request_id: str) -> None:
         """The request has ended; harmless if unknown."""
         self._matchers.pop(request_id, None)
+
+    def is_end(self, token_id: int) -> bool:
+        """Is it an end-of-sequence token, which is no text also where a request ignores it?"""
+        return token_id in self._eos_token_ids
 
     def _build(self, params: StructuredOutputsParams) -> LLMatcher:
         """In the thread, which alone touches the tokenizer and the compiled ones. Raises ValueError."""
@@ -86,13 +96,20 @@ class GuidedDecoding:
     def advance(self, plan: StepPlan, masks: TokenMasks, result: StepResult) -> list[str]:
         """Take the sampled tokens in. Returns the ids of the requests whose text is complete.
 
-        A matcher that failed, or a token that it does not take, becomes an error of its row.
+        A matcher that failed, or a token that it does not take, becomes an error of its row. Of a request that ended
+        while the step ran nothing is known any more.
         """
         complete = []
         for index in masks.rows:
-            if index in result.errors:
+            request = plan.requests[index]
+            if request.finish_reason is not None:
                 continue
-            request_id = plan.requests[index].request_id
+            if index in result.errors:
+                params = request.params
+                if params.bad_words or params.min_tokens or params.logit_bias:
+                    result.errors[index] = NOTHING_LEFT
+                continue
+            request_id = request.request_id
             matcher = self._matchers[request_id]
             if matcher.is_error() or not matcher.consume_token(result.token_ids[index]):
                 logger.error("request %s: its grammar failed: %s", request_id, matcher.get_error().partition("\n")[0])

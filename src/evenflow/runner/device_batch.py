@@ -103,6 +103,11 @@ class DeviceSlots:
         self.block_size, self.vocab_size, self.stream = block_size, vocab_size, stream
         device = stream.device
         row_words, max_blocks = aligned_words(max_model_len + 1), aligned_words(-(-max_model_len // block_size))
+        if max_num_seqs * row_words >= 1 << 31:  # words are told apart by 32 bits
+            raise ValueError(
+                f"max_num_seqs={max_num_seqs} requests of max_model_len={max_model_len} tokens are more than 2**31 "
+                "tokens together; lower either"
+            )
         self.token_ids = torch.zeros(max_num_seqs, row_words, dtype=torch.int32, device=device)
         self.block_tables = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32, device=device)
         self.params = torch.zeros(max_num_seqs, NUM_COLUMNS, dtype=torch.int32, device=device)
