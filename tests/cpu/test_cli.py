@@ -132,6 +132,28 @@ def test_chat_forgets_what_does_not_fit(capsys, fake, monkeypatch):
     assert len(fake[0].conversations[1]) == 1
 
 
+def test_chat_goes_on_after_a_line_that_cannot_be_answered(capsys, fake, monkeypatch):
+    """Too long, or no UTF-8: said, and forgotten. With -p there is nothing to go on with."""
+    stream = FakeLLM.stream_chat
+
+    def refusing(self, messages, params):
+        if not messages[-1]["content"].isascii():
+            raise ValueError("text 0 has a lone surrogate")
+        return stream(self, messages, params)
+
+    monkeypatch.setattr(FakeLLM, "stream_chat", refusing)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\n\xff\ntwo\n"), encoding="utf-8"))
+    code, out, err = run(capsys, "chat")
+    assert (code, out) == (0, " ONE\n TWO\n")
+    assert "error: text 0 has a lone surrogate" in err
+    assert [message["content"] for message in fake[0].conversations[-1]] == ["one", " ONE", "two"]
+    assert run(capsys, "chat", "-p", "\udcff")[0] == 2
+
+
+def test_chat_has_one_answer(capsys, fake):
+    assert run(capsys, "chat", "--n", "2")[0] == 2
+
+
 def test_ctrl_c_stops_the_answer_only(capsys, fake, monkeypatch):
     stream = FakeLLM.stream
 

@@ -149,7 +149,7 @@ def test_keys_and_names_and_json_lines(tmp_path):
     args = ("--api-key-file", str(keys), "--served-model-name", "tales", "--log-format", "json")
     with ServerProcess(*args) as server:
         assert server.client.get("/v1/models").status_code == 401
-        assert server.client.get("/health").status_code == 200
+        assert [server.client.get(path).status_code for path in ("/health", "/ready")] == [200, 200]  # probes have none
         headers = {"Authorization": "Bearer secret-2"}
         assert server.client.get("/v1/models", headers=headers).json()["data"][0]["id"] == "tales"
         body = {"model": "tales", "prompt": "a", "max_tokens": 1}
@@ -214,7 +214,7 @@ def test_a_port_in_use_is_one_line():
         ),
         (("--log-format", "xml"), "xml"),
         (("/nowhere/at-all",), "/nowhere/at-all"),
-        (("--max-queue", "-1"), "max_queue=-1"),
+        (("--max-queue", "-1"), "max_queue=-1 must be from 0 to 1048576"),
         (("--max-model-len", "99999"), "max_model_len=99999 exceeds the model's context"),  # the engine says this
         (("--kv-cache-memory", "1KiB"), "max_model_len"),
     ],

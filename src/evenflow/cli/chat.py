@@ -1,6 +1,7 @@
 """Talk with a model. Ctrl-C stops an answer, Ctrl-D or /exit ends, /reset forgets the conversation."""
 
 import argparse
+import io
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--message", "-p", metavar="TEXT", help="say this, print the answer, and end")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument("--verbose", action="store_true", help="also say what the memory goes to")
-    add_sampling_options(parser)
+    add_sampling_options(parser, leave_out=("n",))  # one answer is shown
     add_engine_options(parser, leave_out=("seed",))  # --seed is the request's
 
 
@@ -37,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
     conversation = Conversation(llm, llm.default_sampling_params().replace(**wanted), args.system)
     if args.message is not None:
         return conversation.say(args.message)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused as such, and it alone
     if sys.stdin.isatty():
         say(f"{config.model}: say something. {COMMANDS}")
     while (text := read_line()) is not None:
@@ -47,7 +50,10 @@ def run(args: argparse.Namespace) -> int:
         elif text.startswith("/"):
             say(COMMANDS)
         elif text:
-            conversation.say(text)
+            try:
+                conversation.say(text)
+            except ValueError as error:  # too long, say: the conversation goes on without it
+                say(f"error: {error}")
     return 0
 
 

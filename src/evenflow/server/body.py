@@ -13,6 +13,8 @@ T = TypeVar("T")
 
 MAX_DEPTH = 64
 LONG_BODY = 64 * 1024  # bytes: beyond, decoding is done in a thread
+MAX_WHOLE = 2.0**53  # beyond, a float is no longer one integer
+_HALF_PAIR = re.compile(rb"\\u[dD](?:[89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|[c-fC-F])")
 _JSON_TYPE = re.compile(r"application/(json|[\w.+-]{1,64}\+json)")
 _FIELD = re.compile(r"`\$\.?([A-Za-z_][A-Za-z0-9_]*)?([^`]*)`")
 
@@ -59,20 +61,39 @@ def too_long(max_bytes: int) -> ApiError:
 
 
 def decode(data: bytes, kind: type[T]) -> T:
-    """Strict JSON: no NaN, no lone surrogate, at most MAX_DEPTH levels. Of a key that comes twice, the last counts."""
+    """Strict JSON: no NaN, no lone surrogate, at most MAX_DEPTH levels. Of a key that comes twice, the last counts.
+
+    A field that is an integer may be written 4.0, as JSON Schema has it.
+    """
     if not data:
         raise ApiError(400, "the body is empty; send a JSON object")
     try:
-        value = msgspec.json.decode(data, type=kind)
+        try:
+            value = msgspec.json.decode(data, type=kind)
+        except msgspec.ValidationError as error:
+            if "`float`" not in str(error):
+                raise
+            value = msgspec.convert(_with_integers(msgspec.json.decode(data)), kind)
     except msgspec.ValidationError as error:
         raise invalid(str(error)) from None
     except msgspec.DecodeError as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}") from None
+        what = "a \\u escape that is half of a surrogate pair" if _HALF_PAIR.search(data) else error
+        raise ApiError(400, f"the body is not valid JSON: {what}") from None
     except (RecursionError, UnicodeDecodeError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else "not valid UTF-8"
         raise ApiError(400, f"the body is {what}") from None
     check_depth(value)
     return value
+
+
+def _with_integers(body: Any) -> Any:
+    """The fields of a body, those that are whole numbers as integers."""
+    if not isinstance(body, dict):
+        return body
+    return {
+        name: int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_WHOLE else value
+        for name, value in body.items()
+    }
 
 
 def invalid(message: str) -> ApiError:

@@ -48,7 +48,7 @@ class ServerConfig:
     def _check_range(self, name: str, low: float, high: float) -> None:
         value: Any = getattr(self, name)
         if not low <= value <= high:
-            raise ValueError(f"{name}={value!r} must be from {low:g} to {high:g}")
+            raise ValueError(f"{name}={value!r} must be from {low} to {high}")
 
     @property
     def is_loopback(self) -> bool:

@@ -22,6 +22,7 @@ logger = logging.getLogger("evenflow")
 access_logger = logging.getLogger("evenflow.access")
 
 CLIENT_LEFT = 499  # nginx's number for it: nobody is left to read one
+PROBED = ("/health", "/ready")  # by whoever has no key: an orchestrator, a load balancer
 POLLED = ("/health", "/ready", "/metrics", "/live")  # logged when they fail
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 PAGE_POLICY = (
@@ -142,14 +143,14 @@ def _without_port(host: str) -> str:
 
 
 class ApiKey:
-    """With keys, every path but /health needs one: `Authorization: Bearer KEY`, or a browser's password."""
+    """With keys, every path but those of probes needs one: `Authorization: Bearer KEY`, or a browser's password."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._digests and scope["path"] != "/health" and not self._is_known(_key_of(scope)):
+        if self._digests and scope["path"] not in PROBED and not self._is_known(_key_of(scope)):
             is_browser = scope["method"] == "GET" and "text/html" in (header(scope, b"accept") or "")
             challenge = 'Basic realm="evenflow", charset="UTF-8"' if is_browser else "Bearer"
             raise ApiError(
