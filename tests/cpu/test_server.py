@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 
 import openai
 import pytest
@@ -529,3 +530,23 @@ def test_a_client_that_leaves_takes_its_request_along(server, is_streaming):
             pass
     after = server.wait_idle()
     assert after["num_requests"]["aborted"] == before + 1
+
+
+def test_metrics_alone_tell_that_nothing_runs(server):
+    """After ends that no step tells: a stop string, and a client that leaves. Only /metrics is read: it asks nobody."""
+    gauges = ("evenflow_num_requests_running", "evenflow_kv_cache_usage_perc")
+
+    def wait(is_running):
+        deadline = time.monotonic() + 30
+        while any((sample(server, name) > 0) != is_running for name in gauges):
+            assert time.monotonic() < deadline
+
+    answer = post(server, "/v1/completions", {"prompt": ONCE, "temperature": 0, "max_tokens": 500, "stop": " "})
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    wait(False)
+    body = {"prompt": ONCE, "max_tokens": 1000, "ignore_eos": True, "stream": True, "n": 4}
+    with server.client.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()  # kept: with it the connection would be closed
+        next(lines)
+        wait(True)
+    wait(False)

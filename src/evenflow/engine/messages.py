@@ -98,7 +98,7 @@ class Failed(msgspec.Struct, tag="failed", array_like=True, frozen=True):
 
 
 class StepOutput(msgspec.Struct, tag="step", array_like=True, frozen=True):
-    """Engine -> front, once a step: also the sign that the engine lives.
+    """Engine -> front, once a step and when the last request is aborted: also the sign that the engine lives.
 
     queue_times: of the requests whose first tokens were computed in this step, the seconds that they had waited.
     """

@@ -1,7 +1,8 @@
 """The engine process, `python -m evenflow.engine.process SOCKET PARENT_PID`: started by engine.client, by nobody else.
 
-Reads messages between steps, sends one message a step, and sleeps in poll() when there is nothing to do. Standard input
-is a pipe that only the parent holds: its end means that the parent is gone, and the process ends with it.
+Reads messages between steps, sends one message a step, and one when an abort leaves nothing to step. Sleeps in poll()
+when there is nothing to do. Standard input is a pipe that only the parent holds: its end means that the parent is gone,
+and the process ends with it.
 """
 
 import faulthandler
@@ -121,6 +122,8 @@ class EngineServer:
             self._add(message)
         elif isinstance(message, AbortRequests):
             self.engine.abort(message.request_ids)
+            if not self.engine.has_unfinished:  # no step will tell that nothing runs any more
+                self.channel.send(StepOutput([], self.engine.stats(), []))
         elif isinstance(message, Ping):
             per_cell, cells = block_map(self.engine.scheduler.pool, message.max_cells) if message.max_cells else (1, "")
             self.channel.send(Pong(message.number, self.engine.stats(), per_cell, cells))
