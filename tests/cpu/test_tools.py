@@ -204,9 +204,11 @@ def test_a_grammar_admits_valid_calls_only(name):
         call.replace("days", "nights"),
     ):
         assert not admits(required, broken), broken
-    named = tool_grammar(tool_format, functions, ToolChoice("named", "now"), parallel=False)
-    assert admits(named, other)
-    assert not admits(named, call)
+    for parallel in (False, True):
+        named = tool_grammar(tool_format, functions, ToolChoice("named", "now"), parallel=parallel)
+        assert admits(named, other)
+        assert not admits(named, call)
+        assert not admits(named, tool_format.separator.join([other, other]))
     several = tool_grammar(tool_format, functions, ToolChoice("required"), parallel=True)
     assert admits(several, tool_format.separator.join([call, other, call]))
     assert parse(name, [call])[1] == [("weather", '{"city": "Paris", "days": 3}')]

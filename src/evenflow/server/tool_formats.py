@@ -64,8 +64,8 @@ def tool_grammar(
 ) -> str | None:
     """Lark for llguidance: calls whose arguments are valid by construction. None: nothing is to be constrained.
 
-    required, named: nothing but calls, without the opening. auto: text, or calls that are valid from their beginning to
-    their end. opening_token_id: of the format's opening token, where the model has it.
+    required, named: nothing but calls, without the opening; of a named function exactly one. auto: text, or calls that
+    are valid from beginning to end. opening_token_id: of the format's opening token, where the model has it.
     """
     if choice.kind == "none" or not functions:
         return None
@@ -74,7 +74,7 @@ def tool_grammar(
     body = " | ".join(f"call_{i}" for i in range(len(allowed)))
     rules.append(f"inner: {_text(tool_format.padding)} ({body}) {_text(tool_format.padding + tool_format.end)}")
     begin, separator = _text(tool_format.begin), _text(tool_format.separator)
-    more = f"({separator} {begin} inner)*" if parallel else ""
+    more = f"({separator} {begin} inner)*" if parallel and choice.kind != "named" else ""
     if choice.kind != "auto":
         rules.append(f"start: {begin} inner {more}")
     elif tool_format.begin:
