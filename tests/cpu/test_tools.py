@@ -71,6 +71,15 @@ GOLDEN = {
         ),
         ('<tool_call>\n{"name": "now", "arguments": {"city": "Par', ("", [("now", '{"city": "Par')])),
         ('<tool_call>\n{"name": "no', ('<tool_call>\n{"name": "no', [])),
+        *(
+            # Cut after a call, or at the beginning of the next: that is no text of the answer.
+            ('<tool_call>\n{"name": "now", "arguments": {}}' + rest, ("", [("now", "{}")]))
+            for rest in itertools.accumulate('\n</tool_call>\n<tool_call>\n{"name": "we')
+        ),
+        (
+            '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>\n<tool_call>\n{"answer": 4',
+            ('\n<tool_call>\n{"answer": 4', [("now", "{}")]),
+        ),
         ("<tool_call>nonsense</tool_call>", ("<tool_call>nonsense</tool_call>", [])),
         ('<tool_call>\n{"a": 1}\n</tool_call>', ('<tool_call>\n{"a": 1}\n</tool_call>', [])),
         ("1 < 2 and <tool", ("1 < 2 and <tool", [])),
@@ -84,6 +93,8 @@ GOLDEN = {
             '<|python_tag|>{"name": "weather", "parameters": {"city": "x"}}; {"name": "now", "parameters": {}}',
             ("", [("weather", '{"city": "x"}'), ("now", "{}")]),
         ),
+        ('{"name": "now", "parameters": {}}; ', ("", [("now", "{}")])),
+        ('{"name": "now", "parameters": {}}; {"name": "n', ("", [("now", "{}")])),
         ('{"type": "function", "name": "now", "parameters": {"a": "b"}}', ("", [("now", '{"a": "b"}')])),
         ('{"answer": 42}', ('{"answer": 42}', [])),
         ('{"answer": 42} and more', ('{"answer": 42} and more', [])),
@@ -95,6 +106,7 @@ GOLDEN = {
             '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "]}"}}, {"name": "now", "arguments": {}}]',
             ("", [("weather", '{"city": "]}"}'), ("now", "{}")]),
         ),
+        ('[TOOL_CALLS] [{"name": "now", "arguments": {}}, {"na', ("", [("now", "{}")])),
         ("see [TOOL", ("see [TOOL", [])),
         ("[TOOL_CALLS] none", ("[TOOL_CALLS] none", [])),
     ],

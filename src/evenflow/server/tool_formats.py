@@ -145,10 +145,10 @@ class ToolParser:
         return _joined(events)
 
     def _end(self, events: list[ToolEvent]) -> None:
-        """A call that was told stays as far as it came; all else is text."""
+        """A call that was told stays as far as it came, the mere beginning of one more is dropped, all else is text."""
         unfinished = self._call.text if self._call is not None and not self._call.is_told else ""
         rest, self._raw, self._held, self._call = self._raw + unfinished + self._held, "", "", None
-        if not self._num_calls or rest.strip():
+        if not self._num_calls or not _begins_call(unfinished):
             self._tell(events, rest)
 
     def _tell(self, events: list[ToolEvent], text: str) -> None:
@@ -172,6 +172,8 @@ class ToolParser:
                 self._raw = held[:at] + self._marker
             self._is_inside, self._held = True, held[at + len(self._marker) :]
             return True
+        if is_end and self._is_gap and self._num_calls and self._marker.startswith(stripped):
+            return False
         keep = 0 if is_end else _overlap(held, self._marker)
         if self._is_gap and not held[: len(held) - keep].strip():
             return False
@@ -191,7 +193,7 @@ class ToolParser:
             self._is_inside, self._is_gap, self._raw = False, True, ""
             self._held = skipped[len(self._closing) :]
             return True
-        if not is_end and self._closing.startswith(skipped):
+        if self._closing.startswith(skipped) and (not is_end or self._num_calls):
             return False
         self._is_inside = False
         raw, self._raw = self._raw, ""
@@ -294,6 +296,12 @@ class _CallReader:
             self._key = value
         elif self._key == "name" and self.name is None:
             self.name = value
+
+
+def _begins_call(text: str) -> bool:
+    """Nothing, or as much of a call as comes before its function's name is complete."""
+    head, compact = '{"name":"', "".join(text.split())
+    return head.startswith(compact) or compact.startswith(head)
 
 
 def _overlap(text: str, marker: str) -> int:
