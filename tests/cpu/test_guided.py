@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLMatcher, LLTokenizer
 
 from evenflow import LLM, SamplingParams
 from evenflow.guided.checker import GrammarChecker
+from evenflow.guided.grammar import to_grammar
 from evenflow.guided.matcher import GuidedDecoding
+from evenflow.guided.schema import prepared
 from evenflow.request import Request
 from evenflow.sampling_params import StructuredOutputsParams
 
@@ -202,6 +205,68 @@ REGEXES = st.recursive(
 def test_random_regexes_are_matched(llm, regex, seed):
     (text,) = ask(llm, StructuredOutputsParams(regex=regex), seeds=[seed])
     assert re.fullmatch(regex, text), (regex, text)
+
+
+# Schemas
+
+
+def admits(schema, value):
+    """Whether the schema's grammar takes the value's JSON, byte by byte, and may end there."""
+    tokenizer = LLTokenizer("byte")
+    matcher = LLMatcher(tokenizer, to_grammar(StructuredOutputsParams(json=schema)), log_level=0)
+    assert not matcher.is_error(), matcher.get_error()
+    tokens = tokenizer.tokenize_str(json.dumps(value))
+    return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+
+A = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+B = {"type": "object", "properties": {"b": {"type": "integer"}}, "required": ["b"]}
+TO_A, TO_B = {"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B~1x"}
+DEFS = {"$defs": {"A": A, "B/x": B, "chain": TO_A}}
+KEYS = [
+    (A, [{"a": 1}], [{"a": 1, "z": 1}]),
+    ({"type": "object"}, [{}, {"z": {"y": 1}}], []),
+    (A | {"additionalProperties": {"type": "string"}}, [{"a": 1, "z": "y"}], [{"a": 1, "z": 1}]),
+    (A | {"patternProperties": {"^z": {}}}, [{"a": 1, "z": 1}], []),
+    (A | {"required": ["z"]}, [{"z": 1}], []),
+    (A | {"minProperties": 2}, [{"a": 1, "z": 1}], []),
+    (DEFS | {"anyOf": [TO_A, {"type": "null"}]}, [{"a": 1}, None], [{"a": 1, "z": 1}]),
+    (DEFS | {"type": "array", "items": TO_A}, [[{"a": 1}]], [[{"a": 1, "z": 1}]]),
+    (DEFS | {"type": "array", "prefixItems": [TO_A]}, [[{"a": 1}]], [[{"a": 1, "z": 1}]]),
+    (DEFS | {"properties": {"x": {"allOf": [TO_A], "title": "t"}}}, [{"x": {"a": 1}}], [{"x": {"a": 1, "z": 1}}]),
+    ({"type": "object", "additionalProperties": A}, [{"x": {"a": 1}}], [{"x": {"a": 1, "z": 1}}]),
+    # Parts of one object do not forbid each other's keys.
+    ({"allOf": [A, B]}, [{"a": 1, "b": 1}], [{"a": 1}]),
+    (DEFS | {"allOf": [TO_A, TO_B]}, [{"a": 1, "b": 1}], [{"b": 1}]),
+    (DEFS | {"allOf": [{"$ref": "#/$defs/chain"}, B]}, [{"a": 1, "b": 1}], [{"b": 1}]),
+    (DEFS | B | TO_A, [{"b": 1, "a": 1}], [{"b": 1}]),
+    (A | {"anyOf": [B, {"required": ["a"]}]}, [{"a": 1, "b": 1}], []),
+    # What merely looks like a schema is a value.
+    ({"enum": [A, {"properties": {"a": 1}}]}, [A, {"properties": {"a": 1}}], [{}]),
+    ({"const": {"format": "binary"}}, [{"format": "binary"}], []),
+    ({"properties": {"properties": {"type": "string"}, "format": {"const": "x"}}}, [{"format": "x"}], [{"z": 1}]),
+    # Annotations, and alternatives that may overlap.
+    ({"type": "string", "format": "binary"}, ["a"], [1]),
+    ({"type": "string", "format": "date"}, ["2026-01-31"], ["a"]),
+    ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, [1, 1.5], ["a"]),
+    ({"type": "object", "x-guidance": 3}, [{}], []),
+    ({"$ref": "#/properties/a", "properties": {"a": {}}}, [{"a": 1}], []),
+]
+
+
+@pytest.mark.parametrize(("schema", "good", "bad"), KEYS)
+def test_unlisted_keys_are_taken_where_the_schema_asks_for_them(schema, good, bad):
+    for value in good:
+        assert admits(schema, value), value
+    for value in bad:
+        assert not admits(schema, value), value
+
+
+def test_a_long_chain_of_references_is_read_once():
+    defs = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i - 1}"}, {}]} for i in range(1, 900)} | {"d0": A}
+    begin = time.process_time()
+    prepared({"$defs": defs, "$ref": "#/$defs/d899"})
+    assert time.process_time() - begin < 0.5
 
 
 # Refusals

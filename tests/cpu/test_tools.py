@@ -226,6 +226,42 @@ def test_a_grammar_admits_valid_calls_only(name):
     assert parse(name, [call])[1] == [("weather", '{"city": "Paris", "days": 3}')]
 
 
+ODD = [
+    {"type": "array", "uniqueItems": True},
+    {"not": {"type": "string"}},
+    {"type": "array", "contains": {"type": "string"}},
+    {"type": "object", "propertyNames": {"pattern": "a"}},
+    {"type": "object", "dependentRequired": {"a": ["b"]}},
+    {"oneOf": [{"type": "number"}, {"type": "integer"}]},
+    {"if": {"type": "object"}, "then": {"type": "object"}},
+    {"type": "string", "format": "binary"},
+    {"type": "string", "format": "uuid4"},
+    {"type": "string", "pattern": r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"},
+    {"type": "string", "pattern": r"\bword\b"},
+    {"type": "string", "pattern": r"(a)\1"},
+    {"type": "object", "patternProperties": {"(?=a)": {"type": "string"}}},
+    {"type": "object", "properties": None, "required": None, "additionalProperties": None},
+    {"const": None},
+]
+
+
+@pytest.mark.parametrize("schema", ODD)
+def test_what_cannot_be_constrained_is_left_open(schema):
+    parameters = {"type": "object", "properties": {"odd": schema, "days": {"type": "integer"}}, "required": ["days"]}
+    (function,) = check_tools([tool(parameters=parameters)])
+    grammar = tool_grammar(FORMATS["mistral"], [function], ToolChoice("required"), parallel=True)
+    assert admits(grammar, '{"name": "f", "arguments": {"days": 3}}')
+    assert not admits(grammar, '{"name": "f", "arguments": {"days": "3"}}')
+    assert not admits(grammar, '{"name": "f", "arguments": {"days": 3, "more": 3}}')
+    assert function.parameters["properties"]["odd"] is schema  # the template shows the client's own
+
+
+def test_a_strict_function_keeps_its_pattern():
+    parameters = {"type": "object", "properties": {"odd": {"type": "string", "pattern": "(?=a)b"}}}
+    (function,) = check_tools([tool(parameters=parameters, strict=True)])
+    assert "(?=a)b" in tool_grammar(FORMATS["hermes"], [function], ToolChoice("auto"), parallel=True)
+
+
 @pytest.mark.parametrize("name", ["hermes", "llama3_json"])
 def test_with_auto_text_is_free_and_calls_are_valid(name):
     functions, call = check_tools(TOOLS), GOOD_CALL[name]

@@ -6,6 +6,7 @@ A call is a JSON object with the function's name and, under the format's key, it
 import json
 from dataclasses import dataclass
 
+from evenflow.guided.schema import prepared
 from evenflow.server.tools import (
     TextDelta,
     ToolCallArguments,
@@ -94,9 +95,16 @@ def tool_grammar(
 
 def _call_rule(tool_format: ToolFormat, index: int, function: ToolFunction) -> str:
     head = '{"name": ' + json.dumps(function.name) + f', "{tool_format.arguments_key}": '
-    options = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    schema = json.dumps(function.parameters | {"x-guidance": options})
-    return f'call_{index}: {json.dumps(head)} arguments_{index} "}}"\narguments_{index}: %json {schema}'
+    return f'call_{index}: {json.dumps(head)} arguments_{index} "}}"\narguments_{index}: {_arguments(function)}'
+
+
+def _arguments(function: ToolFunction) -> str:
+    return f"%json {json.dumps(prepared(function.parameters, is_lenient=not function.is_strict))}"
+
+
+def arguments_grammar(function: ToolFunction) -> str:
+    """Lark for the arguments alone."""
+    return f"start: {_arguments(function)}\n"
 
 
 def _text(text: str) -> str:

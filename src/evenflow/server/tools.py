@@ -15,10 +15,11 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 @dataclass(frozen=True, slots=True)
 class ToolFunction:
-    """A function that the model may call. parameters: a JSON schema of an object."""
+    """A function that the model may call. parameters: a JSON schema of an object. is_strict: all of it must be kept."""
 
     name: str
     parameters: dict[str, Any]
+    is_strict: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ def _check_tool(where: str, tool: dict[str, Any]) -> ToolFunction:
         parameters = {"type": "object", "properties": {}, "additionalProperties": False}
     if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
         raise ValueError(f"{where}.function.parameters must be a JSON schema of type object")
-    return ToolFunction(name, parameters | {"type": "object"})
+    return ToolFunction(name, parameters | {"type": "object"}, function.get("strict") is True)
 
 
 def parse_tool_choice(value: str | dict[str, Any] | None, functions: list[ToolFunction]) -> ToolChoice:
