@@ -324,6 +324,10 @@ GRAMMARS = [
     ({"json": {"not": {"type": "string"}}}, ""),
     ({"grammar": "start: nothing"}, ""),
     ({"grammar": "nonsense"}, ""),
+    ({"grammar": 'root ::= "a"'}, "must be Lark.*start"),
+    ({"regex": "(?!a)b"}, r"\(\?!a\)b: look-around.* not supported"),
+    ({"json": {"type": "string", "pattern": "(?!a)b"}}, r"\(\?!a\)b: look-around.* not supported"),
+    ({"json": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
     ({"grammar": "start: start start"}, ""),
 ]
 

@@ -432,10 +432,12 @@ BAD = [
     ("/v1/completions", {"prompt": "a", "n": 2, "best_of": 1}, 400, "best_of"),
     ("/v1/completions", {"prompt": "a", "best_of": 2, "stream": True}, 400, "best_of"),
     ("/v1/completions", {"prompt": "a", "model": "gpt-4"}, 404, "model"),
-    ("/v1/completions", {"prompt": "a", "guided_regex": "["}, 400, "structured_outputs"),
-    ("/v1/completions", {"prompt": "a", "guided_regex": "(a{1000}){1000}"}, 400, "structured_outputs"),
+    ("/v1/completions", {"prompt": "a", "guided_regex": "["}, 400, "guided_regex"),
+    ("/v1/completions", {"prompt": "a", "guided_regex": "(a{1000}){1000}"}, 400, "guided_regex"),
     ("/v1/completions", {"prompt": "a", "guided_regex": "a", "guided_choice": ["a"]}, 400, "guided_regex"),
-    ("/v1/completions", {"prompt": "a", "guided_json": {"type": "strong"}}, 400, "structured_outputs"),
+    ("/v1/completions", {"prompt": "a", "guided_json": {"type": "strong"}}, 400, "guided_json"),
+    ("/v1/completions", {"prompt": "a", "guided_json": "{"}, 400, "guided_json"),
+    ("/v1/completions", {"prompt": "a", "structured_outputs": {"grammar": "nonsense"}}, 400, "structured_outputs"),
     ("/v1/chat/completions", {"messages": []}, 400, "messages"),
     ("/v1/chat/completions", {"messages": [{"role": "user"}]}, 400, "messages"),
     ("/v1/chat/completions", {"messages": [{"content": "a"}]}, 400, "messages"),
@@ -455,6 +457,12 @@ BAD = [
         400,
         "response_format",
     ),
+    (
+        "/v1/chat/completions",
+        {"messages": HI, "response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
+        400,
+        "response_format",
+    ),
     ("/v1/responses", {"input": "a", "previous_response_id": "resp_1"}, 400, "previous_response_id"),
     ("/v1/responses", {"input": [{"type": "item_reference"}]}, 400, "input"),
     ("/tokenize", {}, 400, "prompt"),
@@ -471,6 +479,22 @@ def test_bad_input_is_refused_by_name(server, path, body, status, param):
     if body.get("stream") is None and path != "/tokenize" and path != "/detokenize":
         # The same refusal, not half of an answer, when a stream is asked for.
         assert server.client.post(path, json=body | {"stream": True}).status_code == status
+
+
+def test_a_schema_that_cannot_be_compiled_is_named(server):
+    """Of several tools the one; one that need not be strict loses the keyword instead."""
+    odd = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?!x)y"}}}
+    tools = [*TOOLS, {"type": "function", "function": {"name": "odd", "parameters": odd, "strict": True}}]
+    body = {"messages": HI, "tools": tools, "max_tokens": 2}
+    message = post(server, "/v1/chat/completions", body, 400)["error"]["message"]
+    assert message.startswith("tools[1].function.parameters: ")
+    assert "look-ahead" in message
+    assert "(?!x)y" in message
+    tools[1]["function"]["strict"] = False
+    post(server, "/v1/chat/completions", body)
+    tools[1]["function"]["parameters"] = {"type": "object", "properties": {"a": {"type": "strong"}}}
+    message = post(server, "/v1/chat/completions", body, 400)["error"]["message"]
+    assert message.startswith("tools[1].function.parameters: ")
 
 
 RAW = [

@@ -9,9 +9,10 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from select import select
 
-from evenflow.guided.grammar import to_grammar
+from evenflow.guided.grammar import refusal, to_grammar
 from evenflow.sampling_params import StructuredOutputsParams
 
 TIMEOUT_S = 2.0
@@ -33,16 +34,27 @@ class GrammarChecker:
         self._known: OrderedDict[str, None] = OrderedDict()
         self._num_known_bytes = 0
 
-    def check(self, params: StructuredOutputsParams) -> None:
-        """Raises ValueError that says what is wrong with it. Takes at most timeout_s once the process runs."""
+    def check(
+        self,
+        params: StructuredOutputsParams,
+        name: str = "structured_outputs",
+        parts: Callable[[], Sequence[tuple[str, StructuredOutputsParams]]] = tuple,
+    ) -> None:
+        """Raises ValueError that says what is wrong with it. Takes at most timeout_s once the process runs.
+
+        name: of the field that it came from. parts: what it is made of, by field: the first bad one is told instead.
+        """
         grammar = to_grammar(params)
         with self._lock:
             if grammar in self._known:
                 self._known.move_to_end(grammar)
                 return
-            error = self._ask(grammar)
-            if error:
-                raise ValueError(f"structured_outputs: the grammar cannot be used: {error}")
+            if error := self._ask(grammar):
+                # Of a process that survived the whole, so the parts are quick.
+                for part_name, part in parts() if self._process is not None else ():
+                    if part_error := self._ask(to_grammar(part)):
+                        raise ValueError(f"{part_name}: {refusal(part, part_error)}")
+                raise ValueError(f"{name}: {refusal(params, error)}")
             self._remember(grammar)
 
     def _ask(self, grammar: str) -> str:

@@ -32,3 +32,10 @@ def to_grammar(params: StructuredOutputsParams) -> str:
         return LLMatcher.grammar_from_lark(f"start: {texts}\n")
     assert params.grammar is not None
     return LLMatcher.grammar_from_lark(params.grammar)
+
+
+def refusal(params: StructuredOutputsParams, error: str) -> str:
+    """What is told of a grammar that llguidance refuses with `error`, without the field's name."""
+    if params.grammar is not None and "::=" in params.grammar:
+        error += "; a grammar must be Lark, with rules like `start: ...`, and this one has GBNF's `::=`"
+    return f"the grammar cannot be used: {error}"

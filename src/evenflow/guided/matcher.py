@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
-from evenflow.guided.grammar import LIMITS, to_grammar
+from evenflow.guided.grammar import LIMITS, refusal, to_grammar
 from evenflow.request import Request, StepPlan, StepResult, TokenMasks
 from evenflow.sampling_params import StructuredOutputsParams
 from evenflow.tokenizer import Tokenizer
@@ -67,7 +67,7 @@ class GuidedDecoding:
         if (known := self._compiled.get(grammar)) is None:
             known = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
             if known.is_error():
-                raise ValueError(f"structured_outputs: the grammar cannot be used: {known.get_error():.300}")
+                raise ValueError(f"structured_outputs: {refusal(params, f'{known.get_error():.300}')}")
             self._compiled[grammar] = known
             if len(self._compiled) > MAX_CACHED_GRAMMARS:
                 self._compiled.popitem(last=False)

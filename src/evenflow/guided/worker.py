@@ -28,12 +28,18 @@ def error_of(grammar: str, tokenizer: LLTokenizer) -> str:
         allowed = np.flatnonzero(np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little"))
         if len(allowed) and not matcher.is_error():
             matcher.consume_token(int(allowed[-(step % 2)]))  # the first and the last in turn
-    return first_line(matcher.get_error()) if matcher.is_error() else ""
+    return one_line(matcher.get_error()) if matcher.is_error() else ""
 
 
-def first_line(error: str) -> str:
+def one_line(error: str) -> str:
+    """The first line; of a regex that cannot be parsed also the pattern and the cause, which follow."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
-    return lines[0][:300] if lines else "it cannot be compiled"
+    if not lines:
+        return "it cannot be compiled"
+    causes = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if causes and lines[0].endswith("regex parse error:"):
+        return f"{lines[0]:.300} {lines[1]:.100}: {causes[0]:.200}"
+    return lines[0][:300]
 
 
 class _Bytes:

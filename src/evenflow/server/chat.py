@@ -61,7 +61,15 @@ class ChatCall:
         except ValueError as error:
             raise bad_request(error) from None
         prompt: dict[str, Any] = {"prompt_token_ids": token_ids}
-        return await front.open([prompt], self.params, streaming=bool(body.stream), cache_salt=body.cache_salt)
+        name = body.structure_name()
+        return await front.open(
+            [prompt],
+            self.params,
+            streaming=bool(body.stream),
+            cache_salt=body.cache_salt,
+            structure_name=name or "tools",
+            structure_parts=self.tools.structure_parts if name is None else tuple,
+        )
 
     def _encode(self) -> list[int]:
         body, options = self.body, self.body.chat_template_kwargs or {}

@@ -78,6 +78,7 @@ class CompletionCall:
             streaming=bool(self.body.stream),
             cache_salt=self.body.cache_salt,
             add_special_tokens=self.body.add_special_tokens is not False,
+            structure_name=self.body.structure_name(),
         )
 
     async def whole(self, generation: ObservedGeneration) -> bytes:

@@ -3,7 +3,7 @@
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from enum import Enum
 
 from evenflow.engine.client import EngineClient, EngineDeadError
@@ -12,7 +12,7 @@ from evenflow.engine.input import Prompt
 from evenflow.engine.opening import OpenedModel
 from evenflow.guided.checker import GrammarChecker
 from evenflow.request import RequestOutput
-from evenflow.sampling_params import SamplingParams
+from evenflow.sampling_params import SamplingParams, StructuredOutputsParams
 from evenflow.server.config import ServerConfig
 from evenflow.server.errors import ApiError
 from evenflow.server.metrics import Metrics
@@ -93,13 +93,19 @@ class Front:
         streaming: bool,
         cache_salt: str | None = None,
         add_special_tokens: bool = True,
+        structure_name: str | None = None,
+        structure_parts: Callable[[], Sequence[tuple[str, StructuredOutputsParams]]] = tuple,
     ) -> "ObservedGeneration":
-        """Queue prompts, or raise what the client is told: 400 for a mistake, 429 when full, 503 while not serving."""
+        """Queue prompts, or raise what the client is told: 400 for a mistake, 429 when full, 503 while not serving.
+
+        structure_name, structure_parts: what the structured output came from, see GrammarChecker.check.
+        """
         self._admit(len(prompts) * params.n)
         asked_s = time.perf_counter()
         try:
             if params.structured_outputs is not None:
-                await asyncio.to_thread(self.checker.check, params.structured_outputs)
+                name = structure_name or "structured_outputs"
+                await asyncio.to_thread(self.checker.check, params.structured_outputs, name, structure_parts)
             generation = await self.client.open(
                 prompts,
                 params,

@@ -93,6 +93,25 @@ class SamplingFields(msgspec.Struct, kw_only=True):
 
     def to_structured_outputs(self) -> StructuredOutputsParams | None:
         """From response_format, structured_outputs or guided_*; at most one of them. None: free text."""
+        asked = self._asked_structures()
+        if len(asked) > 1:
+            raise ValueError(f"{asked[0][0]} and {asked[1][0]} cannot be combined; keep one of them")
+        if not asked:
+            return None
+        name, fields = asked[0]
+        try:
+            return StructuredOutputsParams(**fields)
+        except ValueError as error:
+            if name == "structured_outputs":
+                raise
+            field = "response_format.json_schema.schema" if name == "response_format" else name
+            raise ValueError(str(error).replace(f"structured_outputs.{next(iter(fields))}", field, 1)) from None
+
+    def structure_name(self) -> str | None:
+        """The field that to_structured_outputs reads."""
+        return next((name for name, _ in self._asked_structures()), None)
+
+    def _asked_structures(self) -> list[tuple[str, dict[str, Any]]]:
         asked: list[tuple[str, dict[str, Any]]] = []
         if self.response_format is not None and self.response_format.type != "text":
             asked.append(("response_format", _of_response_format(self.response_format)))
@@ -101,9 +120,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
         for name in ("json", "regex", "choice", "grammar"):
             if (value := getattr(self, f"guided_{name}")) is not None:
                 asked.append((f"guided_{name}", {name: value}))
-        if len(asked) > 1:
-            raise ValueError(f"{asked[0][0]} and {asked[1][0]} cannot be combined; keep one of them")
-        return StructuredOutputsParams(**asked[0][1]) if asked else None
+        return asked
 
 
 _SAMPLING = (

@@ -6,7 +6,7 @@ from typing import Any
 
 from evenflow.sampling_params import SamplingParams, StructuredOutputsParams
 from evenflow.server.protocol import ChatCompletionRequest
-from evenflow.server.tool_formats import FORMATS, ToolFormat, ToolParser, detect_format, tool_grammar
+from evenflow.server.tool_formats import FORMATS, ToolFormat, ToolParser, arguments_grammar, detect_format, tool_grammar
 from evenflow.server.tools import (
     TextDelta,
     ToolChoice,
@@ -80,6 +80,14 @@ class ToolUse:
                 f"tool_choice={self.choice.kind!r} and response_format cannot be combined; drop one of them"
             )
         return params.replace(**changes)
+
+    def structure_parts(self) -> list[tuple[str, StructuredOutputsParams]]:
+        """What the calls' grammar is made of, by the field that it came from."""
+        return [
+            (f"tools[{i}].function.parameters", StructuredOutputsParams(grammar=arguments_grammar(function)))
+            for i, function in enumerate(self.functions)
+            if self.choice.kind != "named" or function.name == self.choice.name
+        ]
 
     def new_call_id(self) -> str:
         """Mistral's templates refuse ids that are not nine letters or digits."""
