@@ -75,12 +75,13 @@ def _composed_targets(root: dict[str, Any]) -> set[str]:
     walk = _Walk(collect)
     walk.walk(root)
     targets: set[str] = set()
+    seen: set[int] = set()  # a schema can be referred to in many ways
     while found:
         path, _ = found.popitem()
-        if path not in targets:
-            targets.add(path)
-            if (target := _resolved(root, path)) is not None:
-                walk.walk(target, path, is_composed=True)  # what is composed may refer on
+        targets.add(path)
+        if (target := _resolved(root, path)) is not None and id(target) not in seen:
+            seen.add(id(target))
+            walk.walk(target, path, is_composed=True)  # what is composed may refer on
     return targets
 
 
