@@ -5,7 +5,7 @@ Knows no token ids. A template comes from the model's directory, never from a re
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -23,6 +23,7 @@ Message = dict[str, Any]
 # Appended to the message that is to be continued, then looked for in the rendered text. The space at the end tells
 # whether the template trims the message.
 _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+_ARGUMENTS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "self")
 
 
 class ChatTemplate:
@@ -35,7 +36,7 @@ class ChatTemplate:
     @cached_property
     def _template(self) -> jinja2.Template:
         environment = _environment()
-        self._reserved = {"messages", "tools", "add_generation_prompt", *environment.globals, *self._variables}
+        self._reserved = {*_ARGUMENTS, *environment.globals, *self._variables}
         try:
             return environment.from_string(self.source)
         except jinja2.TemplateError as error:
@@ -48,12 +49,16 @@ class ChatTemplate:
         add_generation_prompt: bool,
         tools: list[dict[str, Any]] | None,
         continue_final_message: bool,
-        options: dict[str, Any],
+        options: Mapping[str, Any],
     ) -> str:
-        """The prompt text. Raises ValueError with the template's own message, or naming the field that is wrong."""
+        """The prompt text. Raises ValueError with the template's own message, or naming the field that is wrong.
+
+        A template that knows no role `developer` is shown `system`, the role's older name.
+        """
         template, checked = self._template, check_messages(messages)
-        if taken := sorted(options.keys() & self._reserved):
-            raise ValueError(f"chat template option {taken[0]!r} is set by Evenflow and cannot be given")
+        self._check_options(options)
+        if "developer" not in self.source:
+            checked = [m | {"role": "system"} if m["role"] == "developer" else m for m in checked]
         if continue_final_message and add_generation_prompt:
             raise ValueError("continue_final_message=True needs add_generation_prompt=False")
         final = _tag_final(checked) if continue_final_message else ""
@@ -62,14 +67,23 @@ class ChatTemplate:
             text = template.render(variables, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # a template can raise anything that an expression can
             message = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
-            raise ValueError(f"the model's chat template refused the messages: {message}") from None
+            raise ValueError(f"messages: the model's chat template refused them: {message}") from None
         return _cut_at_tag(text, final) if continue_final_message else text
+
+    def _check_options(self, options: object) -> None:
+        name = "chat_template_kwargs"
+        if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
+            raise ValueError(f"{name} must be a dict whose keys are names of the chat template's variables")
+        if taken := sorted(options.keys() & self._reserved):
+            raise ValueError(f"{name} has {taken[0]!r}, which is set otherwise and cannot be given there")
 
 
 def check_messages(messages: Sequence[Message]) -> list[Message]:
-    """Copies of the messages with every content as one string; keys whose value is None are left out.
+    """Copies of the messages as templates expect them; checked ones stay as they are.
 
-    Raises ValueError that names the message and the part which cannot be used.
+    Every content is one string, every tool call's arguments are an object, where OpenAI's clients send its JSON text.
+    Keys whose value is None are left out; an assistant without content or tool calls has said nothing. Raises
+    ValueError that names the message and the part which cannot be used.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError("messages must be a list of at least one {'role': ..., 'content': ...}")
@@ -85,25 +99,50 @@ def _check_message(name: str, message: object) -> Message:
     checked = {str(key): value for key, value in message.items() if value is not None}
     if "content" in checked:
         checked["content"] = _check_content(f"{name}.content", checked["content"])
+    elif role == "assistant" and not checked.get("tool_calls"):
+        checked["content"] = ""
     elif not checked.get("tool_calls"):
         raise ValueError(f"{name} has no content; pass a string, or a list of text parts")
+    if checked.get("tool_calls"):
+        checked["tool_calls"] = _check_calls(f"{name}.tool_calls", checked["tool_calls"])
     return checked
 
 
+def _check_calls(name: str, calls: object) -> list[dict[str, Any]]:
+    if not isinstance(calls, (list, tuple)):
+        raise ValueError(f"{name} must be a list")
+    return [_check_call(f"{name}[{i}].function", call) for i, call in enumerate(calls)]
+
+
+def _check_call(name: str, call: object) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f"{name} must have a name and arguments")
+    arguments = function.get("arguments")
+    if arguments is None or isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            raise ValueError(f"{name}.arguments is not valid JSON") from None
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{name}.arguments must be a JSON object, not {type(arguments).__name__}")
+    return call | {"function": function | {"arguments": arguments}}
+
+
 def _check_content(name: str, content: object) -> str:
-    """A string stays as it is; text parts are joined by line ends."""
+    """A string stays as it is; text parts are joined by line ends. A refusal is text."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise ValueError(f"{name} must be a string or a list of text parts, not {type(content).__name__}")
     texts = []
     for i, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if not isinstance(part, dict) or kind not in ("text", "refusal"):
             raise ValueError(f"{name}[{i}] is a part of type {kind!r:.80}; only parts of type 'text' are implemented")
-        if not isinstance(part.get("text"), str):
-            raise ValueError(f"{name}[{i}].text must be a string")
-        texts.append(part["text"])
+        if not isinstance(part.get(kind), str):
+            raise ValueError(f"{name}[{i}].{kind} must be a string")
+        texts.append(part[kind])
     return "\n".join(texts)
 
 

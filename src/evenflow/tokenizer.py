@@ -6,7 +6,7 @@ in detokenizer.py, which uses the same bytes; rendering of chats is in chat_temp
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import AddedToken
 
-from evenflow.chat_template import ChatTemplate, Message
+from evenflow.chat_template import ChatTemplate, Message, check_messages
 from evenflow.model_files import read_json
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -32,6 +32,13 @@ class ByteDecoding(NamedTuple):
     is_byte_level: bool
     has_byte_fallback: bool = False
     num_strip: int = 0
+
+
+class ChatPrompt(NamedTuple):
+    """A conversation as the model reads it."""
+
+    text: str
+    token_ids: list[int]
 
 
 class TokenBytes(dict[int, bytes]):
@@ -157,9 +164,9 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         tools: list[dict[str, Any]] | None = None,
         continue_final_message: bool = False,
-        **options: Any,
+        template_options: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt text of a conversation. `options` are further variables that the model's template reads.
+        """The prompt text of a conversation. template_options: further variables that the model's template reads.
 
         Raises ValueError: no template, a message that cannot be used, or whatever the template itself refuses.
         """
@@ -168,21 +175,45 @@ class Tokenizer:
             add_generation_prompt=add_generation_prompt,
             tools=tools,
             continue_final_message=continue_final_message,
-            options=options,
+            options={} if template_options is None else template_options,
         )
 
-    def encode_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The token ids of `chat_prompt`."""
+        return self.chat_prompt(
+            messages, add_generation_prompt, tools, continue_final_message, template_options
+        ).token_ids
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> ChatPrompt:
         """`apply_chat_template`, encoded. The template writes the special tokens itself, so none are added.
 
         What reads like a special token within a message is text: nobody ends their turn by writing how turns end.
         """
-        mark = self._unused_mark([messages, options.get("tools")])
+        messages = check_messages(messages)  # before the marks: JSON's escapes can spell a special token
+        mark = self._unused_mark([messages, tools])
         if mark is not None:
             messages = [self._marked(message, mark) for message in messages]
-            options["tools"] = self._marked(options.get("tools"), mark)
-        text = self.apply_chat_template(messages, **options)
+            tools = self._marked(tools, mark)
+        text = self.apply_chat_template(
+            messages, add_generation_prompt, tools, continue_final_message, template_options
+        )
         pieces = [text] if mark is None else text.split(mark)
-        return [token_id for piece in pieces for token_id in self.encode(piece, add_special_tokens=False)]
+        ids = [token_id for piece in pieces for token_id in self.encode(piece, add_special_tokens=False)]
+        return ChatPrompt("".join(pieces), ids)
 
     def _unused_mark(self, data: Any) -> str | None:
         """A character of the private use area that `data` lacks; None if nothing in it reads like a special token."""

@@ -239,6 +239,21 @@ def test_the_text_of_a_special_token_is_data_in_a_message(server, llm):
     assert f"a{special}b" in post(server, "/detokenize", {"tokens": ids})["prompt"]
 
 
+def test_a_conversation_is_the_same_prompt_everywhere(server, llm):
+    call = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    messages = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": TALE},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+        {"role": "user", "content": "then?"},
+    ]
+    ids = post(server, "/tokenize", {"messages": messages})["tokens"]
+    assert ids == llm.tokenizer.encode_chat(messages)
+    usage = post(server, "/v1/chat/completions", {"messages": messages, "max_tokens": 1})["usage"]
+    assert usage["prompt_tokens"] == len(ids)
+
+
 WEATHER = {
     "type": "object",
     "properties": {
@@ -451,6 +466,19 @@ BAD = [
         "tool_choice",
     ),
     ("/v1/chat/completions", {"messages": HI, "tools": [{"type": "x"}]}, 400, "tools"),
+    ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "a"}]}, 400, "messages"),
+    ("/v1/chat/completions", {"messages": HI, "max_tokens": 0}, 400, "max_tokens"),
+    ("/v1/chat/completions", {"messages": HI, "max_completion_tokens": 0}, 400, "max_completion_tokens"),
+    ("/v1/chat/completions", {"messages": HI, "chat_template_kwargs": {"messages": 1}}, 400, "chat_template_kwargs"),
+    (
+        "/v1/chat/completions",
+        {"messages": HI, "chat_template_kwargs": {"add_generation_prompt": True}},
+        400,
+        "chat_template_kwargs",
+    ),
+    ("/tokenize", {"messages": HI, "chat_template_kwargs": {"self": 1}}, 400, "chat_template_kwargs"),
+    ("/tokenize", {"messages": HI, "chat_template_kwargs": {"tools": None}}, 400, "chat_template_kwargs"),
+    ("/tokenize", {"messages": HI, "tools": [{"a": 1}]}, 400, "tools"),
     (
         "/v1/chat/completions",
         {"messages": HI, "response_format": {"type": "json_schema"}},

@@ -341,7 +341,7 @@ CHATS: list[list[dict[str, Any]]] = [
         {},
         {"add_generation_prompt": False},
         {"tools": [{"name": "é<b>&'"}]},
-        {"flavour": "salt"},
+        {"template_options": {"flavour": "salt"}},
         {"add_generation_prompt": False, "continue_final_message": True},
     ],
 )
@@ -351,10 +351,11 @@ def test_chat_template_renders_as_transformers(tmp_path: Path, messages: list[di
     path = save(byte_level_backend(), tmp_path, **NAMES, chat_template=TEMPLATE)
     oracle, tokenizer = AutoTokenizer.from_pretrained(str(path)), Tokenizer.from_dir(path)
     arguments = {"add_generation_prompt": True} | options
+    arguments |= arguments.pop("template_options", {})
     if options.get("continue_final_message") and len(messages) > 5:  # the template leaves the last message out
         for apply in (oracle.apply_chat_template, tokenizer.apply_chat_template):
             with pytest.raises(ValueError, match=r"last message|final message"):
-                apply(messages, **arguments)
+                apply(messages, **options)
         return
     expected = oracle.apply_chat_template(messages, tokenize=False, **arguments)
     assert tokenizer.apply_chat_template(messages, **options) == expected
@@ -395,6 +396,11 @@ def test_template_faults_are_value_errors(template: str, message: str) -> None:
         chat_tokenizer(template).apply_chat_template([{"role": "user", "content": "x"}])
 
 
+def calling(arguments: Any) -> dict[str, Any]:
+    """A tool call in the history."""
+    return {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
@@ -406,6 +412,12 @@ def test_template_faults_are_value_errors(template: str, message: str) -> None:
         ([{"role": "user", "content": 3}], "string or a list of text parts"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], r"content\[0\] is a part of type 'image_url'"),
         ([{"role": "user", "content": [{"type": "text", "text": 1}]}], r"content\[0\]\.text must be a string"),
+        ([{"role": "user", "content": [{"type": "refusal"}]}], r"content\[0\]\.refusal must be a string"),
+        ([{"role": "assistant", "tool_calls": 1}], r"messages\[0\]\.tool_calls must be a list"),
+        ([{"role": "assistant", "tool_calls": [1]}], r"messages\[0\]\.tool_calls\[0\]\.function must have a name"),
+        ([{"role": "assistant", "tool_calls": [{"function": {}}]}], r"tool_calls\[0\]\.function must have a name"),
+        ([{"role": "assistant", "tool_calls": [calling("{")]}], r"arguments is not valid JSON"),
+        ([{"role": "assistant", "tool_calls": [calling('["x"]')]}], r"arguments must be a JSON object, not list"),
     ],
 )
 def test_messages_are_checked(messages: Any, message: str) -> None:
@@ -419,11 +431,44 @@ def test_parts_are_joined_and_options_cannot_replace_ours() -> None:
     messages = [{"role": "user", "content": parts}]
     assert tokenizer.apply_chat_template(messages) == "a\nb|1%"
     assert messages == [{"role": "user", "content": parts}]
-    for name in ("bos_token", "raise_exception", "range"):
-        with pytest.raises(ValueError, match=f"option '{name}' is set by"):
-            tokenizer.apply_chat_template(messages, **cast(Any, {name: "x"}))
+    ours = ("bos_token", "raise_exception", "range", "self", "chat_template")
+    for name in (*ours, "messages", "tools", "add_generation_prompt", "continue_final_message"):
+        for take in (tokenizer.apply_chat_template, tokenizer.encode_chat):
+            with pytest.raises(ValueError, match=f"chat_template_kwargs has '{name}'"):
+                take(messages, template_options={name: True})
+    for options in (["flavour"], {1: 2}):
+        with pytest.raises(ValueError, match="chat_template_kwargs must be a dict"):
+            tokenizer.apply_chat_template(messages, template_options=cast(Any, options))
     with pytest.raises(ValueError, match="add_generation_prompt=False"):
         tokenizer.apply_chat_template(messages, continue_final_message=True)
+
+
+@pytest.mark.parametrize("given", ['{"x": "<s>"}', {"x": "<s>"}, '{"x": "\\u003cs>"}'])
+def test_arguments_of_calls_are_objects_for_the_template(given: Any) -> None:
+    tokenizer = chat_tokenizer("{{ messages[1].tool_calls[0].function.arguments.x }}")
+    call = calling(given)
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert tokenizer.apply_chat_template(messages) == "<s>"
+    text, token_ids = tokenizer.chat_prompt(messages)
+    assert text == tokenizer.decode(token_ids, skip_special_tokens=True) == "<s>"
+    assert call == calling(given)  # the client's own is left alone
+    empty = chat_tokenizer("{{ messages[0].tool_calls[0].function.arguments | tojson }}")
+    for nothing in (None, "", "{}", {}):
+        assert empty.apply_chat_template([{"role": "assistant", "tool_calls": [calling(nothing)]}]) == "{}"
+
+
+def test_roles_and_contents_of_openai() -> None:
+    tokenizer = chat_tokenizer("{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}")
+    refusal = [{"type": "refusal", "refusal": "no"}]
+    messages = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "assistant", "content": None},
+        {"role": "assistant"},
+        {"role": "assistant", "content": refusal},
+    ]
+    assert tokenizer.apply_chat_template(messages) == "system:be brief;assistant:;assistant:;assistant:no;"
+    knowing = chat_tokenizer("{% if messages[0].role == 'developer' %}D{% endif %}")
+    assert knowing.apply_chat_template(messages) == "D"
 
 
 def test_special_tokens_in_a_message_are_text() -> None:

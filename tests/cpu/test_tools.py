@@ -16,7 +16,6 @@ from evenflow.server.tools import (
     ToolChoice,
     check_tools,
     parse_tool_choice,
-    prepare_messages,
 )
 
 CITY = {
@@ -346,16 +345,3 @@ def test_choices_need_tools():
     assert parse_tool_choice(None, []).kind == parse_tool_choice("auto", []).kind == "none"
     with pytest.raises(ValueError, match="needs tools"):
         parse_tool_choice("required", [])
-
-
-def test_arguments_become_objects_for_the_template():
-    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [call]}]
-    prepared = prepare_messages(messages)
-    assert prepared[0] == messages[0]
-    assert prepared[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
-    assert call["function"]["arguments"] == '{"x": 1}'  # the client's own is left alone
-    for bad in ("{", [1], [{"function": {}}]):
-        broken = bad if isinstance(bad, list) else [{"function": {"name": "f", "arguments": bad}}]
-        with pytest.raises(ValueError, match=r"messages\[0\].tool_calls\[0\]"):
-            prepare_messages([{"role": "assistant", "tool_calls": broken}])

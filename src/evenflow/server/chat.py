@@ -13,10 +13,9 @@ from evenflow.server.front import Front, ObservedGeneration, bad_request, raise_
 from evenflow.server.logprobs import chat_logprobs
 from evenflow.server.protocol import MAX_MESSAGES, MAX_TOP_LOGPROBS, ChatCompletionRequest, check_num_sequences
 from evenflow.server.streaming import encode_json, stream_frames
+from evenflow.server.tokenization import encode_messages
 from evenflow.server.tool_use import ToolUse
 from evenflow.server.tools import TextDelta, ToolCallStart, ToolEvent
-
-MAX_TEMPLATE_OPTIONS = 32
 
 
 class ChatCall:
@@ -46,7 +45,10 @@ class ChatCall:
             raise ValueError(f"top_logprobs={top_logprobs} must be from 0 to {MAX_TOP_LOGPROBS}")
         if body.top_logprobs and not body.logprobs:
             raise ValueError(f"top_logprobs={top_logprobs} needs logprobs: true")
-        max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        max_tokens: int | None = getattr(body, name)
+        if max_tokens is not None and not 0 < max_tokens < 2**31:
+            raise ValueError(f"{name}={max_tokens} must be an integer from 1 to {2**31 - 1}")
         if max_tokens is None:
             max_tokens = self.front.default_max_tokens
             max_tokens = None if max_tokens is None else max(max_tokens, body.min_tokens or 0)
@@ -72,18 +74,7 @@ class ChatCall:
         )
 
     def _encode(self) -> list[int]:
-        body, options = self.body, self.body.chat_template_kwargs or {}
-        if len(options) > MAX_TEMPLATE_OPTIONS:
-            raise ValueError(
-                f"chat_template_kwargs has {len(options)} entries; at most {MAX_TEMPLATE_OPTIONS} are taken"
-            )
-        return self.front.tokenizer.encode_chat(
-            self.tools.messages,
-            tools=self.tools.for_template,
-            add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
-            continue_final_message=bool(body.continue_final_message),
-            **options,
-        )
+        return encode_messages(self.front.tokenizer, self.body, self.body.messages, self.tools.for_template)
 
     async def whole(self, generation: ObservedGeneration) -> bytes:
         """The answer as one JSON object."""

@@ -1,13 +1,35 @@
 """POST /tokenize and /detokenize, GET /tokenizer_info: what evaluation harnesses ask of a server."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from evenflow.server.errors import ApiError
 from evenflow.server.front import Front
-from evenflow.server.protocol import DetokenizeRequest, TokenizeRequest
-from evenflow.tokenizer import check_text
+from evenflow.server.protocol import ChatCompletionRequest, DetokenizeRequest, JsonObject, TokenizeRequest
+from evenflow.server.tools import check_tools
+from evenflow.tokenizer import Tokenizer, check_text
 
 MAX_TOKENS = 1_000_000  # of one detokenization
+MAX_TEMPLATE_OPTIONS = 32
+
+
+def encode_messages(
+    tokenizer: Tokenizer,
+    body: ChatCompletionRequest | TokenizeRequest,
+    messages: Sequence[JsonObject],
+    tools: list[JsonObject] | None,
+) -> list[int]:
+    """The prompt of a conversation, as the body says. tools: those that the model is shown. Raises ValueError."""
+    options = body.chat_template_kwargs or {}
+    if len(options) > MAX_TEMPLATE_OPTIONS:
+        raise ValueError(f"chat_template_kwargs has {len(options)} entries; at most {MAX_TEMPLATE_OPTIONS} are taken")
+    return tokenizer.encode_chat(
+        messages,
+        tools=tools,
+        add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
+        continue_final_message=bool(body.continue_final_message),
+        template_options=options,
+    )
 
 
 def tokenize(front: Front, body: TokenizeRequest) -> dict[str, Any]:
@@ -19,13 +41,8 @@ def tokenize(front: Front, body: TokenizeRequest) -> dict[str, Any]:
         check_text("prompt", body.prompt)
         token_ids = tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
     else:
-        token_ids = tokenizer.encode_chat(
-            body.messages or [],
-            tools=body.tools,
-            add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
-            continue_final_message=bool(body.continue_final_message),
-            **(body.chat_template_kwargs or {}),
-        )
+        check_tools(body.tools or [])
+        token_ids = encode_messages(tokenizer, body, body.messages or [], body.tools)
     answer: dict[str, Any] = {"count": len(token_ids), "max_model_len": front.max_model_len, "tokens": token_ids}
     answer["token_strs"] = [tokenizer.token_text(i) for i in token_ids] if body.return_token_strs else None
     return answer

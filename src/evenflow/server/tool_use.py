@@ -14,7 +14,6 @@ from evenflow.server.tools import (
     ToolFunction,
     check_tools,
     parse_tool_choice,
-    prepare_messages,
 )
 from evenflow.tokenizer import Tokenizer
 
@@ -31,9 +30,8 @@ class PlainText:
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """messages: as the template wants them. for_template: the tools that the model is shown."""
+    """for_template: the tools that the model is shown."""
 
-    messages: list[dict[str, Any]]
     for_template: list[dict[str, Any]] | None
     functions: list[ToolFunction]
     choice: ToolChoice
@@ -50,7 +48,6 @@ class ToolUse:
         tool_format = detect_format(source) if asked_format == "auto" else FORMATS[asked_format]
         token_id = tokenizer.backend.token_to_id(tool_format.opening_token) if tool_format.opening_token else None
         return cls(
-            prepare_messages(body.messages),
             body.tools if choice.kind != "none" else None,
             functions,
             choice,

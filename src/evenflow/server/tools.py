@@ -102,29 +102,3 @@ def parse_tool_choice(value: str | dict[str, Any] | None, functions: list[ToolFu
     if name not in names:
         raise ValueError(f"tool_choice names the function {name!r:.80}, but tools has {', '.join(names)}")
     return ToolChoice("named", name)
-
-
-def prepare_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Templates expect a call's arguments as an object, where OpenAI's clients send its JSON text."""
-    return [_prepare(f"messages[{i}]", message) for i, message in enumerate(messages)]
-
-
-def _prepare(where: str, message: dict[str, Any]) -> dict[str, Any]:
-    calls = message.get("tool_calls")
-    if not calls:
-        return message
-    if not isinstance(calls, list):
-        raise ValueError(f"{where}.tool_calls must be a list")
-    prepared = []
-    for j, call in enumerate(calls):
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError(f"{where}.tool_calls[{j}].function must have a name and arguments")
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments or "{}")
-            except (ValueError, RecursionError):
-                raise ValueError(f"{where}.tool_calls[{j}].function.arguments is not valid JSON") from None
-        prepared.append(call | {"function": function | {"arguments": arguments}})
-    return message | {"tool_calls": prepared}
