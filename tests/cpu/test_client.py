@@ -124,7 +124,7 @@ def test_leaving_early_aborts():
 
 def test_bad_input_is_refused_before_anything_is_queued():
     async def work(client):
-        for prompts, params in (([ONCE, ""], MIX[0]), ([[10**9]], MIX[0]), (["a" * 100_000], MIX[0])):
+        for prompts, params in (([ONCE, []], MIX[0]), ([[10**9]], MIX[0]), (["a" * 100_000], MIX[0])):
             with pytest.raises(ValueError, match="prompt"):
                 await client.open(prompts, params)
             assert client.num_requests == client.num_prompt_tokens == 0

@@ -1,8 +1,10 @@
 """InputProcessor: what is refused, by name, and how the requests are filled."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
+import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -14,7 +16,7 @@ from evenflow.config import EngineConfig, resolve
 from evenflow.engine.input import InputProcessor, derive_seed, prompt_text
 from evenflow.model_config import ModelConfig
 from evenflow.platforms import cpu
-from evenflow.sampling_params import SamplingParams
+from evenflow.sampling_params import BeamSearchParams, SamplingParams, StructuredOutputsParams
 from evenflow.tokenizer import Tokenizer
 
 HF = {
@@ -52,12 +54,54 @@ def processor(tokenizer: Tokenizer | None = TOKENIZER, defaults: Any = None, **c
     return InputProcessor(dataclasses.replace(SETTINGS, **changes), MODEL, tokenizer, defaults or {})
 
 
-@pytest.mark.parametrize("prompt", ["xyz", {"prompt": "xyz"}, {"prompt_token_ids": [1, 2]}, [1, 2]])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "xyz",
+        {"prompt": "xyz"},
+        {"prompt_token_ids": [1, 2]},
+        [1, 2],
+        (1, 2),
+        np.array([1, 2]),
+        [np.int64(1), np.int32(2)],
+        {"prompt_token_ids": np.array([1, 2], dtype=np.uint16)},
+        {"prompt_token_ids": (1, 2), "prompt": None},
+        {"prompt": "xyz", "prompt_token_ids": None, "multi_modal_data": None, "cache_salt": None},
+    ],
+    ids=str,
+)
 def test_every_form_of_prompt(prompt: Any) -> None:
     (request,) = processor().process("r", prompt, SamplingParams())
     expected = [1, 2] if prompt_text(prompt) is None else [BOS, *TOKENIZER.encode("xyz", add_special_tokens=False)]
     assert request.token_ids == expected
     assert (request.request_id, request.num_prompt_tokens) == ("r", len(expected))
+    assert set(map(type, request.token_ids)) == {int}
+
+
+def test_ids_go_before_the_text_and_a_salt_goes_with_its_prompt() -> None:
+    prompt = {"prompt": "a", "prompt_token_ids": [1], "cache_salt": "x"}
+    (request,) = processor().process("r", prompt, SamplingParams(), cache_salt="y")
+    assert (request.token_ids, request.cache_salt, prompt_text(prompt)) == ([1], "x", "a")
+    assert processor().process("r", {"prompt": "a"}, SamplingParams(), cache_salt="y")[0].cache_salt == "y"
+
+
+def test_an_empty_text_is_what_the_tokenizer_adds() -> None:
+    for prompt in ("", {"prompt": ""}):
+        assert processor().process("r", prompt, SamplingParams())[0].token_ids == [BOS]
+        with pytest.raises(ValueError, match="the prompt is empty"):
+            processor().process("r", prompt, SamplingParams(), add_special_tokens=False)
+
+
+def test_assigned_fields_are_checked_and_copied() -> None:
+    params = SamplingParams(seed=1)
+    params.max_tokens, params.stop = 3, "x"  # type: ignore[assignment]
+    (request,) = processor().process("r", [1], params)
+    assert (request.max_tokens, request.params.stop) == (3, ["x"])
+    params.temperature = -1.0
+    params.logit_bias[1] = 7.0
+    assert (request.params.temperature, request.params.logit_bias) == (1.0, {})
+    with pytest.raises(ValueError, match=r"temperature=-1\.0 must be a number"):
+        processor().process("r", [1], params)
 
 
 def test_a_text_that_has_its_special_tokens_gets_no_more() -> None:
@@ -68,18 +112,21 @@ def test_a_text_that_has_its_special_tokens_gets_no_more() -> None:
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("", "prompt is empty"),
         ([], "prompt is empty"),
-        ({"prompt": ""}, "prompt is empty"),
+        (np.array([], dtype=int), "prompt is empty"),
         ({"prompt_token_ids": []}, "prompt is empty"),
         ({}, "either 'prompt' or 'prompt_token_ids'"),
-        ({"prompt": "a", "prompt_token_ids": [1]}, "either 'prompt' or 'prompt_token_ids'"),
+        ({"prompt": None}, "either 'prompt' or 'prompt_token_ids'"),
+        ({"prompt": "a", "multi_modal_data": {}}, "multi_modal_data"),
+        ({"prompt": "a", "cache_salt": 1}, "cache_salt must be a string, not int"),
         ({"prompt_embeds": [1]}, r"not \['prompt_embeds'\]"),
-        ({"prompt": [1]}, "prompt must be a str, not list"),
-        ({"prompt_token_ids": "a"}, "prompt_token_ids must be a list, not str"),
+        ({"prompt": [1]}, "prompt must be a string, not list"),
+        ({"prompt_token_ids": "a"}, "prompt_token_ids must be a list of token ids, not str"),
         (None, "not NoneType"),
         (7, "not int"),
-        ((1, 2), "not tuple"),
+        (b"ab", "not bytes"),
+        (np.array([1.0]), "is of type float"),
+        (np.array([[1]]), "is of type list"),
         ([1, True], "True is of type bool"),
         ([1, 2.0], r"2\.0 is of type float"),
         (["a"], "'a' is of type str"),
@@ -114,6 +161,65 @@ def test_parameters_that_are_refused(params: dict[str, Any], message: str) -> No
     with pytest.raises(ValueError, match=message):
         processor().process("r", [1, 2], SamplingParams(**({"max_tokens": None} | params)))
     processor().process("r", [1, 2], SamplingParams())
+
+
+def test_params_are_python_values_whatever_they_came_as() -> None:
+    empty: Any = {"stop_token_ids": None, "bad_words": None, "logit_bias": None, "stop": None}
+    assert SamplingParams(**empty) == SamplingParams()
+    given: Any = {
+        "n": np.int64(2),
+        "temperature": np.float32(0.5),
+        "top_k": np.int32(-1),
+        "max_tokens": np.uint8(4),
+        "logprobs": np.int64(0),
+        "seed": np.int64(3),
+        "stop": ("b", "a"),
+        "stop_token_ids": np.array([5, 4]),
+        "bad_words": {"z", "y"},
+        "logit_bias": {np.int64(1): np.float64(0.25)},
+    }
+    params = SamplingParams(**given)
+    assert params.replace(stop_token_ids={5, 4}).stop_token_ids == [4, 5]
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
+    assert (params.stop, params.stop_token_ids, params.bad_words) == (["b", "a"], [5, 4], ["y", "z"])
+    for value in (params.n, params.top_k, params.max_tokens, params.seed, *params.stop_token_ids, *params.logit_bias):
+        assert type(value) is int
+    assert type(params.temperature) is type(params.logit_bias[1]) is float
+    assert BeamSearchParams(beam_width=cast(Any, np.int64(2))).beam_width == 2
+    assert StructuredOutputsParams(choice=cast(Any, ("a", "b"))).choice == ["a", "b"]
+
+
+def test_a_clone_shares_nothing() -> None:
+    params = SamplingParams(stop=["a"], logit_bias={1: 1.0})
+    clone = params.clone()
+    assert clone == params
+    clone.stop.append("b")
+    clone.logit_bias[2] = 1.0
+    assert params == SamplingParams(stop=["a"], logit_bias={1: 1.0})
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"repetition_penalty": 1e-38}, r"repetition_penalty=1e-38 must be a number in \[0.01, 100\]"),
+        ({"temperature": float("nan")}, "temperature=nan must be a number"),
+        ({"temperature": float("inf")}, "temperature=inf must be a number"),
+        ({"temperature": 10**400}, "must be a number"),
+        ({"temperature": np.bool_(True)}, "must be a number"),
+        ({"top_p": 0.0}, r"top_p=0\.0 must be a number in \(0, 1\]"),
+        ({"n": True}, "n=True must be an integer"),
+        ({"n": 2.0}, r"n=2\.0 must be an integer"),
+        ({"stop": 5}, "stop must be a list"),
+        ({"stop_token_ids": np.array([0.5])}, r"stop_token_ids entry=0\.5"),
+        ({"stop_token_ids": np.array(5)}, "stop_token_ids must be a list"),
+        ({"stop_token_ids": "12"}, "stop_token_ids must be a list"),
+        ({"logit_bias": [1]}, "logit_bias must map"),
+        ({"logit_bias": {1: float("nan")}}, r"logit_bias\[1\]=nan"),
+    ],
+)
+def test_values_that_are_refused(params: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**params)
 
 
 def test_logprobs_are_bounded_by_the_vocabulary_too() -> None:
@@ -176,6 +282,13 @@ def test_children_have_their_own_ids_lists_and_seeds() -> None:
     assert {c.cache_salt for c in children} == {"s"}
     children[0].token_ids.append(9)
     assert children[1].token_ids == [1, 2]
+
+
+def test_seed_minus_one_is_none() -> None:
+    assert SamplingParams(seed=-1).seed is None
+    inputs = processor()
+    seeds = {inputs.process("r", [1], SamplingParams(seed=-1))[0].params.seed for _ in range(3)}
+    assert len(seeds) == 3
 
 
 def test_seeds_are_drawn_in_order_and_reproducible() -> None:

@@ -418,7 +418,7 @@ def test_the_page_and_its_policy(server):
 HI = [{"role": "user", "content": "a"}]
 BAD = [
     ("/v1/completions", {}, 400, "prompt"),
-    ("/v1/completions", {"prompt": ""}, 400, "prompt"),
+    ("/v1/completions", {"prompt": "", "add_special_tokens": False}, 400, "prompt"),
     ("/v1/completions", {"prompt": []}, 400, "prompt"),
     ("/v1/completions", {"prompt": ["a", 1]}, 400, "prompt"),
     ("/v1/completions", {"prompt": [1, "a"]}, 400, "prompt"),
@@ -432,6 +432,7 @@ BAD = [
     ("/v1/completions", {"prompt": "a", "top_p": 1.01}, 400, "top_p"),
     ("/v1/completions", {"prompt": "a", "top_k": -2}, 400, "top_k"),
     ("/v1/completions", {"prompt": "a", "min_p": 2}, 400, "min_p"),
+    ("/v1/completions", {"prompt": "a", "repetition_penalty": 1e-38}, 400, "repetition_penalty"),
     ("/v1/completions", {"prompt": "a", "n": 0}, 400, "n"),
     ("/v1/completions", {"prompt": "a", "n": 129}, 400, "n"),
     ("/v1/completions", {"prompt": ["a"] * 100, "n": 3}, 400, "prompt"),

@@ -212,6 +212,7 @@ class EngineClient:
         Raises ValueError that names what is wrong, before anything is queued, or EngineDeadError.
         """
         self.raise_if_dead()
+        params = params.clone()  # the caller may go on changing theirs
         asked_s = time.perf_counter()
         num_requests, size = len(prompts) * params.n, sum(map(_prompt_size, prompts))
         self.num_requests += num_requests

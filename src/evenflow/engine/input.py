@@ -9,13 +9,17 @@ from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
+
 from evenflow.config import Settings
 from evenflow.model_config import ModelConfig, token_ids
 from evenflow.request import Request
 from evenflow.sampling_params import SamplingParams
 from evenflow.tokenizer import Tokenizer, check_text
 
-Prompt = str | list[int] | dict[str, Any]
+Prompt = str | list[int] | tuple[int, ...] | dict[str, Any]  # an array of ids is taken too
+_PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+_NO_OTHER_INPUT = ("multi_modal_data", "mm_processor_kwargs", "multi_modal_uuids")  # vLLM's names: None at most
 
 
 def prompt_text(prompt: Prompt) -> str | None:
@@ -64,11 +68,12 @@ class InputProcessor:
     ) -> list[Request]:
         """The request's `n` children, whose ids are `request_id` for n=1, else `request_id-i`.
 
-        add_special_tokens: for a text prompt; False if the text already has them. Raises ValueError that names the
-        field, its value and the way out.
+        cache_salt: a prompt dict's own goes first. add_special_tokens: for a text prompt; False if the text already has
+        them. Raises ValueError that names the field, its value and the way out.
         """
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params must be SamplingParams, not {type(params).__name__}")
+        params = params.clone()  # fields may have been assigned since they were checked, or be while this runs
         self._check_params(params)
         prompt_ids = self._prompt_ids(prompt, add_special_tokens)
         room = self._settings.max_model_len - len(prompt_ids)
@@ -89,7 +94,7 @@ class InputProcessor:
                 max_tokens=max_tokens,
                 stop_token_ids=stop_token_ids,
                 bad_words_ids=bad_words_ids,
-                cache_salt=cache_salt,
+                cache_salt=_salt_of(prompt) or cache_salt,
             )
             for i in range(params.n)
         ]
@@ -97,14 +102,14 @@ class InputProcessor:
     def _prompt_ids(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
         """The prompt's token ids, 1 to max_model_len - 1 of them, each within the logits."""
         content = _content_of(prompt)
-        if not content:
-            raise ValueError("the prompt is empty; pass at least one character or one token id (for example the BOS)")
         if isinstance(content, str):
             ids = self._encode(content, add_special_tokens)
             name = "the prompt's tokens"
         else:
             ids, name = content, "prompt_token_ids"
         limit = self._settings.max_model_len - 1
+        if not ids and not content:
+            raise ValueError("the prompt is empty; pass at least one character or one token id (for example the BOS)")
         if not ids:
             raise ValueError(f"the prompt {content!r:.80} has no tokens; pass a longer text or token ids")
         if len(ids) > limit:
@@ -190,18 +195,38 @@ def derive_seed(seed: int, number: int) -> int:
 
 
 def _content_of(prompt: Prompt) -> str | list[int]:
-    """The text or the token ids within a prompt."""
+    """The text or the token ids within a prompt; the ids where it has both."""
     content: object = prompt
     if isinstance(prompt, dict):
-        if len(prompt) != 1 or not prompt.keys() <= {"prompt", "prompt_token_ids"}:
-            raise ValueError(f"a prompt dict has either 'prompt' or 'prompt_token_ids', not {sorted(map(str, prompt))}")
-        key, content = next(iter(prompt.items()))
-        wanted: type = str if key == "prompt" else list
-        if not isinstance(content, wanted):
-            raise ValueError(f"{key} must be a {wanted.__name__}, not {type(content).__name__}")
-    if not isinstance(content, (str, list)):
+        _check_keys(prompt)
+        key = "prompt" if prompt.get("prompt_token_ids") is None else "prompt_token_ids"
+        content = prompt.get(key)
+        if isinstance(content, str) != (key == "prompt"):
+            wanted = "a string" if key == "prompt" else "a list of token ids"
+            raise ValueError(f"{key} must be {wanted}, not {type(content).__name__}")
+    if isinstance(content, str):
+        return content
+    if isinstance(content, np.ndarray):
+        content = content.tolist()
+    if not isinstance(content, (list, tuple)):
         raise ValueError(
             f"a prompt is a string, a list of token ids, {{'prompt': ...}} or {{'prompt_token_ids': ...}}, "
             f"not {type(content).__name__}"
         )
-    return content
+    return [int(token_id) if isinstance(token_id, np.integer) else token_id for token_id in content]
+
+
+def _check_keys(prompt: dict[str, Any]) -> None:
+    given = {key for key, value in prompt.items() if value is not None}
+    if other := sorted(map(str, given & set(_NO_OTHER_INPUT))):
+        raise ValueError(f"the prompt dict has {other[0]!r}; models here read text only, leave it out")
+    unknown = prompt.keys() - {*_PROMPT_KEYS, *_NO_OTHER_INPUT}
+    if unknown or not given & {"prompt", "prompt_token_ids"}:
+        raise ValueError(f"a prompt dict has either 'prompt' or 'prompt_token_ids', not {sorted(map(str, prompt))}")
+
+
+def _salt_of(prompt: Prompt) -> str:
+    salt = prompt.get("cache_salt") if isinstance(prompt, dict) else None
+    if not isinstance(salt, (str, type(None))):
+        raise ValueError(f"cache_salt must be a string, not {type(salt).__name__}")
+    return salt or ""
