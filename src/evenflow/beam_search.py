@@ -1,7 +1,7 @@
 """Beam search over an engine that continues sequences by one token. Owns the beams; the prefix cache keeps it cheap."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from evenflow.sampling_params import BeamSearchParams
 
@@ -17,6 +17,17 @@ class BeamSequence:
     cumulative_logprob: float
     finish_reason: str | None = None
     text: str = ""
+    prompt_token_ids: list[int] = field(default_factory=list, repr=False)
+
+    @property
+    def tokens(self) -> list[int]:
+        """vLLM's name, which counts the prompt in: prompt_token_ids + token_ids."""
+        return self.prompt_token_ids + self.token_ids
+
+    @property
+    def cum_logprob(self) -> float:
+        """vLLM's name of cumulative_logprob."""
+        return self.cumulative_logprob
 
     def score(self, length_penalty: float) -> float:
         length: float = max(len(self.token_ids), 1) ** length_penalty
@@ -75,4 +86,4 @@ def _extend(search: _Search, found: list[list[tuple[int, float]]], width: int, e
 def _best(search: _Search, params: BeamSearchParams) -> list[BeamSequence]:
     unended = [BeamSequence(beam.token_ids, beam.cumulative_logprob, "length") for beam in search.beams]
     sequences = sorted(search.ended + unended, key=lambda beam: beam.score(params.length_penalty), reverse=True)
-    return sequences[: params.beam_width]
+    return [replace(beam, prompt_token_ids=search.prompt) for beam in sequences[: params.beam_width]]

@@ -57,6 +57,8 @@ class ChatTemplate:
         """
         template, checked = self._template, check_messages(messages)
         self._check_options(options)
+        if tools is not None and not (isinstance(tools, (list, tuple)) and all(isinstance(t, dict) for t in tools)):
+            raise ValueError("tools must be a list of {'type': 'function', 'function': {...}}")
         if "developer" not in self.source:
             checked = [m | {"role": "system"} if m["role"] == "developer" else m for m in checked]
         if continue_final_message and add_generation_prompt:

@@ -1,10 +1,12 @@
 """Offline inference in the caller's process: LLM.generate, LLM.chat, LLM.beam_search. Names are vLLM's."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import count
 from typing import Any
+
+import numpy as np
 
 from evenflow.beam_search import BeamSearchOutput, beam_search
 from evenflow.config import EngineConfig, Resolution
@@ -19,10 +21,21 @@ from evenflow.tokenizer import Tokenizer
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 Message = dict[str, Any]
+# vLLM's options that we have no use for: the values that ask for nothing, None where every value does.
+VLLM_ONLY: dict[str, tuple[Any, ...] | None] = {
+    "trust_remote_code": (None, False),
+    "quantization": (None,),
+    "enable_lora": (None, False),
+    "tokenizer_mode": (None, "auto"),
+    "cpu_offload_gb": (None, 0),
+    "pipeline_parallel_size": (None, 1),
+    "disable_log_stats": None,
+    "swap_space": None,
+}
 
 
 class LLM:
-    """A model with an engine around it. Keyword arguments are the fields of EngineConfig.
+    """A model with an engine around it. Keyword arguments are the fields of EngineConfig, see also `engine_options`.
 
     >>> llm = LLM("demo")
     >>> llm.generate("Once upon a time", SamplingParams(max_tokens=20))[0].outputs[0].text
@@ -31,10 +44,7 @@ class LLM:
     """
 
     def __init__(self, model: str = "demo", **options: Any) -> None:
-        known = {field.name for field in dataclasses.fields(EngineConfig)}
-        if unknown := sorted(options.keys() - known):
-            raise ValueError(f"LLM has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}")
-        self.config = EngineConfig(model=model, **options)
+        self.config = EngineConfig(model=model, **engine_options(options))
         opened = open_model(self.config)
         self.resolution: Resolution = resolve_settings(self.config, opened.model_config, is_offline=True)
         self.model_config = opened.model_config
@@ -49,8 +59,11 @@ class LLM:
         self._request_ids = map(str, count())
 
     def default_sampling_params(self) -> SamplingParams:
-        """What a request gets that names no parameters: the model's generation_config.json over our defaults."""
-        return self._defaults
+        """What a request gets that names no parameters: the model's generation_config.json over our defaults.
+
+        A copy: change it and pass it on.
+        """
+        return self._defaults.clone()
 
     get_default_sampling_params = default_sampling_params
 
@@ -64,13 +77,23 @@ class LLM:
         return self.tokenizer
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, use_tqdm: bool = True
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params = None,
+        use_tqdm: bool = True,
+        *,
+        lora_request: None = None,
+        priority: None = None,
     ) -> list[RequestOutput]:
         """Complete prompts: texts, token ids, {"prompt": ...} or {"prompt_token_ids": ...}; one or a list of them.
 
-        sampling_params: one for all, or one per prompt. Returns one RequestOutput per prompt, in their order. All
-        prompts are checked before any is run. use_tqdm: show a progress bar for several prompts.
+        A dict with both keys: the ids count, the text is shown; with "cache_salt": blocks of the prefix cache are
+        shared within the same salt only. sampling_params: one for all, or one per prompt. Returns one RequestOutput
+        per prompt, in their order. All prompts, and the grammars of structured outputs, are checked before any is
+        run: ValueError. use_tqdm: show a progress bar for several prompts. lora_request and priority are vLLM's, and
+        must be None.
         """
+        refuse(lora_request=lora_request, priority=priority)
         prompt_list = as_prompts(prompts)
         return self._run(prompt_list, self._params_of(prompt_list, sampling_params), use_tqdm)
 
@@ -79,22 +102,30 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: Params = None,
         use_tqdm: bool = True,
+        *,
+        lora_request: None = None,
+        chat_template: None = None,
         add_generation_prompt: bool = True,
-        **template_options: Any,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or a list of them. A message is {"role": ..., "content": ...}."""
-        if not messages:
-            raise ValueError("messages is empty; pass at least one message")
-        conversations: Any = [messages] if isinstance(messages[0], dict) else messages
+        """Answer one conversation, or a list of them. A message is {"role": ..., "content": ...}.
+
+        continue_final_message: go on with the last message; needs add_generation_prompt=False. tools: OpenAI's list,
+        shown to the model. chat_template_kwargs: further variables of the model's template, such as enable_thinking.
+        chat_template and lora_request are vLLM's, and must be None. RequestOutput.prompt is the rendered text.
+        """
+        refuse(chat_template=chat_template, lora_request=lora_request)
         prompts = [
-            {
-                "prompt_token_ids": self.tokenizer.encode_chat(
-                    conversation, add_generation_prompt=add_generation_prompt, **template_options
-                )
-            }
-            for conversation in conversations
+            self._chat_prompt(messages, add_generation_prompt, tools, continue_final_message, chat_template_kwargs)
+            for messages in as_conversations(messages)
         ]
         return self.generate(prompts, sampling_params, use_tqdm)
+
+    def _chat_prompt(self, messages: Sequence[Message], *options: Any) -> Prompt:
+        text, token_ids = self.tokenizer.chat_prompt(messages, *options)
+        return {"prompt": text, "prompt_token_ids": token_ids}
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt; yields after every step that brought tokens, with everything so far.
@@ -109,13 +140,22 @@ class LLM:
             self._abort(requests)
 
     def stream_chat(
-        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[RequestOutput]:
-        """As `stream`, for one conversation."""
-        return self.stream({"prompt_token_ids": self.tokenizer.encode_chat(messages)}, sampling_params)
+        """As `stream`, for one conversation, with the arguments of `chat`."""
+        prompt = self._chat_prompt(messages, add_generation_prompt, tools, continue_final_message, chat_template_kwargs)
+        return self.stream(prompt, sampling_params)
 
     def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
         """The params.beam_width best continuations of every prompt, best first."""
+        params = dataclasses.replace(params)  # checked again
         checked = [
             self._inputs.process("beam", prompt, SamplingParams(max_tokens=1))[0].token_ids
             for prompt in as_prompts(prompts)
@@ -155,16 +195,23 @@ class LLM:
     ) -> list[str]:
         """Check all, then queue all. Returns the requests' ids."""
         parents: list[tuple[str, list[Request]]] = []
+        structures: set[int] = set()  # ids of those that are compiled
         for index, (prompt, prompt_params) in enumerate(zip(prompts, params, strict=True)):
             request_id = next(self._request_ids)
             try:
-                parents.append((request_id, self._inputs.process(request_id, prompt, prompt_params)))
+                children = self._inputs.process(request_id, prompt, prompt_params)
+                structure = id(prompt_params.structured_outputs)
+                if structure not in structures:
+                    self.engine.check_grammar(children[0])
+                    structures.add(structure)
+                parents.append((request_id, children))
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}" if len(prompts) > 1 else str(error)) from None
         for (request_id, children), prompt, prompt_params in zip(parents, prompts, params, strict=True):
             ids = [child.request_id for child in children]
+            own_params = prompt_params.clone()  # the caller may go on changing theirs
             self._outputs.add(
-                request_id, prompt_text(prompt), list(children[0].token_ids), prompt_params, ids, streaming=streaming
+                request_id, prompt_text(prompt), list(children[0].token_ids), own_params, ids, streaming=streaming
             )
             for child in children:
                 self.engine.add(child)
@@ -214,11 +261,56 @@ class LLM:
         return [found[request.request_id] for request in requests]
 
 
+def as_conversations(messages: Any) -> list[Sequence[Message]]:
+    """One conversation, one message, or a list of conversations -> a list of conversations."""
+    if isinstance(messages, dict):
+        return [[messages]]
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError("messages must be a list of at least one {'role': ..., 'content': ...}, or several such lists")
+    return [messages] if isinstance(messages[0], dict) else list(messages)
+
+
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or a list of prompts -> a list. A list of integers is one prompt."""
+    """One prompt or a list of prompts -> a list. Integers in a row are one prompt."""
     if isinstance(prompts, (str, dict)):
         return [prompts]
+    if not isinstance(prompts, (list, tuple, np.ndarray)):
+        raise ValueError(
+            "prompts must be a string, token ids, {'prompt': ...} or {'prompt_token_ids': ...}, or a list of them, "
+            f"not {type(prompts).__name__}"
+        )
     prompt_list: list[Any] = list(prompts)
-    if not prompt_list:
-        raise ValueError("prompts is empty; pass at least one")
-    return prompt_list if not isinstance(prompt_list[0], int) else [prompt_list]
+    is_one = bool(prompt_list) and isinstance(prompt_list[0], (int, np.integer))
+    return [prompts] if is_one else prompt_list
+
+
+def engine_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options in vLLM's terms -> fields of EngineConfig. Raises ValueError for what neither has, or asks too much.
+
+    What changes nothing here is left out (disable_log_stats, swap_space, quantization=None); enforce_eager=True turns
+    graphs off; dtype and generation_config take vLLM's names of ours.
+    """
+    ours = {name: value for name, value in options.items() if name not in (*VLLM_ONLY, "enforce_eager")}
+    known = {field.name for field in dataclasses.fields(EngineConfig)}
+    if unknown := sorted(ours.keys() - known):
+        raise ValueError(f"LLM has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}")
+    for name, harmless in VLLM_ONLY.items():
+        if harmless is not None and options.get(name) not in harmless:
+            raise ValueError(f"{name}={options[name]!r} is not implemented; leave {name} out")
+    if options.get("enforce_eager"):
+        if ours.get("enable_graphs"):
+            raise ValueError("enforce_eager=True and enable_graphs=True contradict each other; keep one of them")
+        ours["enable_graphs"] = False
+    if "dtype" in ours:
+        dtype = str(ours["dtype"]).removeprefix("torch.")
+        ours["dtype"] = {"half": "float16", "float": "float32"}.get(dtype, dtype)
+    if ours.get("generation_config") == "vllm":
+        ours["generation_config"] = "none"
+    return ours
+
+
+def refuse(**options: object) -> None:
+    """Arguments of vLLM's that can only be None here. Raises ValueError that names the one which is not."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name} is not implemented; leave it out")

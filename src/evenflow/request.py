@@ -181,15 +181,19 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    lora_request: None = None  # vLLM's field
 
-    @property
     def finished(self) -> bool:
+        """Whether it has ended. A method, as in vLLM; RequestOutput.finished is none."""
         return self.finish_reason is not None
 
 
 @dataclass(slots=True)
 class RequestOutput:
-    """What the caller gets for one prompt. `prompt_logprobs[0]` is None: nothing precedes the first token."""
+    """What the caller gets for one prompt. `prompt_logprobs[0]` is None: nothing precedes the first token.
+
+    prompt: the text, where one was given; a chat's as the template rendered it.
+    """
 
     request_id: str
     prompt: str | None
@@ -198,3 +202,5 @@ class RequestOutput:
     finished: bool
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
+    metrics: None = None  # vLLM's fields
+    lora_request: None = None

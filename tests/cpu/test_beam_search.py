@@ -76,6 +76,8 @@ def test_equal_to_transformers(llama):
                 return_dict_in_generate=True,
             )
         assert [s.token_ids for s in output.sequences] == expected.sequences[:, len(prompt) :].tolist()
+        assert output.sequences[0].tokens == prompt + output.sequences[0].token_ids
+        assert output.sequences[0].cum_logprob == output.sequences[0].cumulative_logprob
         for sequence, score in zip(output.sequences, expected.sequences_scores.tolist(), strict=True):
             assert sequence.score(1.0) == pytest.approx(score, abs=1e-5)
     assert not llm.engine.has_unfinished

@@ -52,6 +52,7 @@ SITES = {
 @pytest.mark.parametrize("site", SITES)
 def test_a_fault_ends_what_it_hits_and_nothing_else(llm, expected, monkeypatch, caplog, site):
     caplog.set_level("CRITICAL")
+    monkeypatch.setattr(llm.engine, "check_grammar", lambda request: None)  # it is before the step, see below
     owner, name = SITES[site](llm)
     original = getattr(owner, name)
     for k in count(1):
@@ -74,6 +75,19 @@ def test_a_fault_ends_what_it_hits_and_nothing_else(llm, expected, monkeypatch, 
         assert hit, (site, k)
         assert results(llm) == expected, (site, k)  # nothing wrong is left in the cache
     assert k > 1
+
+
+def test_a_fault_before_anything_is_queued_leaves_nothing(llm, expected, monkeypatch):
+    def failing(params):
+        raise RuntimeError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine._guided, "_build", failing)
+        with pytest.raises(RuntimeError, match="planted"):
+            results(llm)
+    check_nothing_stays(llm)
+    assert not llm._outputs.live_ids()
+    assert results(llm) == expected
 
 
 def check_nothing_stays(llm):

@@ -79,6 +79,26 @@ def test_any_json_object(llm):
     assert llm.generate(ONCE, params)[0].outputs[0].text.startswith("{")
 
 
+def test_a_bad_grammar_is_refused_before_anything_runs(llm):
+    good = SamplingParams(max_tokens=5, structured_outputs=StructuredOutputsParams(regex="[ab]{3}"))
+    bad = good.replace(structured_outputs=StructuredOutputsParams(regex="("))
+    for run in (lambda: llm.generate(ONCE, bad), lambda: next(llm.stream(ONCE, bad))):
+        with pytest.raises(ValueError, match="^structured_outputs: the grammar cannot be used"):
+            run()
+    with pytest.raises(ValueError, match="prompt 1: structured_outputs"):
+        llm.generate([ONCE] * 3, [good, bad, good])
+    assert not llm.engine.has_unfinished
+
+
+def test_a_grammar_is_compiled_once_for_all_prompts(llm, monkeypatch):
+    checked = []
+    check = llm.engine.check_grammar
+    monkeypatch.setattr(llm.engine, "check_grammar", lambda request: (checked.append(request), check(request)))
+    params = SamplingParams(max_tokens=5, structured_outputs=StructuredOutputsParams(regex="[ab]{3}"))
+    llm.generate([ONCE] * 5, params, use_tqdm=False)
+    assert len(checked) == 1
+
+
 @pytest.mark.parametrize("regex", [r"[a-c]{3}-\d{2}", r"(yes|no), (sir|madam)!", r"\w+@\w+\.com", "é+[^a-z]漢"])
 def test_a_text_matches_its_regex(llm, regex):
     regex = regex.replace("+", "{1,6}")
@@ -371,7 +391,8 @@ def test_what_is_known_is_not_asked_again(checker, monkeypatch):
     checker.check(structured)
 
 
-def test_a_grammar_that_fails_in_the_engine_ends_its_request_only(llm):
+def test_a_grammar_that_fails_in_the_engine_ends_its_request_only(llm, monkeypatch):
+    monkeypatch.setattr(llm.engine, "check_grammar", lambda request: None)
     bad = SamplingParams(structured_outputs=StructuredOutputsParams(regex="["))
     good = SamplingParams(seed=1, max_tokens=5)
     outputs = llm.generate([ONCE, ONCE], [bad, good], use_tqdm=False)

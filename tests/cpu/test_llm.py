@@ -341,7 +341,9 @@ def test_bad_prompts_are_refused_before_anything_runs(llama):
     llm = make_llm(llama.directory, max_model_len=50)
     for prompts, params, message in [
         ([[3, 4], []], None, "prompt 1: the prompt is empty"),
-        ([], None, "prompts is empty"),
+        (None, None, "prompts must be a string, token ids, .* not NoneType"),
+        (5, None, "not int"),
+        (b"abc", None, "not bytes"),
         ([[3, VOCAB]], None, f"token id {VOCAB} is outside this model's vocabulary, 0 to {VOCAB - 1}"),
         ([[3, -1]], None, "token id -1 is outside"),
         ([[3] * 50], None, "the prompt has 50 tokens, but at most 49 fit with max_model_len=50"),
@@ -354,6 +356,91 @@ def test_bad_prompts_are_refused_before_anything_runs(llama):
         with pytest.raises(ValueError, match=message):
             llm.generate(prompts, params)
         assert not llm.engine.has_unfinished
+
+
+def test_calls_written_for_vllm(llama):
+    llm = make_llm(
+        llama.directory,
+        trust_remote_code=False,
+        quantization=None,
+        enforce_eager=True,
+        disable_log_stats=True,
+        swap_space=4,
+        dtype=torch.float32,
+        generation_config="vllm",
+    )
+    settings = llm.settings
+    assert (settings.enable_graphs, settings.dtype, settings.generation_config) == (False, "float32", "none")
+    assert llm.generate([]) == []
+    params = llm.get_default_sampling_params()
+    params.max_tokens, params.detokenize, params.seed = 5, False, 1
+    assert llm.get_default_sampling_params().max_tokens == 16
+    outputs = llm.generate([(3, 4), np.array([5, 6])], params, use_tqdm=False, lora_request=None, priority=None)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [5, 5]
+    assert [output.prompt_token_ids for output in outputs] == [[3, 4], [5, 6]]
+    assert outputs[0].outputs[0].finished()
+    assert outputs[0].metrics is outputs[0].lora_request is outputs[0].outputs[0].lora_request is None
+    assert len(llm.generate(np.array([3, 4]), params)) == 1
+    for refused in ({"lora_request": "x"}, {"priority": [1]}):
+        with pytest.raises(ValueError, match=f"{next(iter(refused))} is not implemented"):
+            llm.generate([3, 4], params, **refused)
+
+
+def test_assigning_to_params_reaches_no_running_request(llama):
+    llm = make_llm(llama.directory)
+    params = greedy(6, seed=1)
+    stream = llm.stream([3, 4], params)
+    next(stream)
+    params.max_tokens, params.logprobs, params.temperature = -1, 3, float("nan")
+    assert len(list(stream)[-1].outputs[0].token_ids) == 6
+    with pytest.raises(ValueError, match="temperature=nan"):
+        llm.generate([3, 4], params)
+
+
+def test_salts_keep_prefixes_apart(llama):
+    llm = make_llm(llama.directory)
+    prompts = [{"prompt_token_ids": list(range(3, 60)), "cache_salt": salt} for salt in ("a", "b", "a")]
+    cached = [llm.generate(prompt, greedy(1))[0].num_cached_tokens for prompt in prompts]
+    assert cached == [0, 0, 48]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trust_remote_code": True}, "trust_remote_code=True is not implemented"),
+        ({"quantization": "awq"}, "quantization='awq' is not implemented"),
+        ({"enforce_eager": True, "enable_graphs": True}, "enforce_eager=True and enable_graphs=True"),
+    ],
+)
+def test_options_of_vllm_that_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        LLM("demo", **options)
+
+
+def test_chats_name_their_arguments():
+    llm = LLM("demo")
+    hi, params = {"role": "user", "content": "hi"}, SamplingParams(max_tokens=3, temperature=0)
+    output = llm.chat([hi], params, chat_template_kwargs={"enable_thinking": False}, tools=None, chat_template=None)[0]
+    text, token_ids = llm.tokenizer.chat_prompt([hi])
+    assert (output.prompt, output.prompt_token_ids) == (text, token_ids)
+    assert llm.chat(hi, params)[0].outputs == llm.chat([[hi]], params)[0].outputs == output.outputs
+    assert list(llm.stream_chat([hi], params, chat_template_kwargs={"x": 1}))[-1].outputs == output.outputs
+    began = [hi, {"role": "assistant", "content": "Once"}]
+    going_on = llm.chat(began, params, add_generation_prompt=False, continue_final_message=True)[0]
+    assert going_on.prompt.endswith("Once")
+    for messages, options, message in [
+        ([hi], {"chat_template": "x"}, "chat_template is not implemented"),
+        ([hi], {"lora_request": 1}, "lora_request is not implemented"),
+        ([hi], {"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs has 'tools'"),
+        ([hi], {"tools": [1]}, "tools must be a list"),
+        ("hi", {}, "messages must be a list"),
+        ([], {}, "messages must be a list"),
+        ([hi], {"continue_final_message": True}, "add_generation_prompt=False"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            llm.chat(messages, params, **options)
+    with pytest.raises(TypeError, match="enable_thinking"):
+        llm.chat([hi], params, enable_thinking=False)
 
 
 def test_weights_that_cannot_fit_are_refused_before_any_is_made(llama, monkeypatch):

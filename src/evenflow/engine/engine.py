@@ -84,6 +84,11 @@ class Engine:
         else:
             self._building[request.request_id] = (request, self._guided.begin(request))
 
+    def check_grammar(self, request: Request) -> None:
+        """Compile the grammar of a request that is not added yet. Raises ValueError if it cannot be used."""
+        if self._guided is not None and request.params.structured_outputs is not None:
+            self._guided.begin(request).result()
+
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests in whatever state they are; unknown and finished ids are fine."""
         for request_id in request_ids:

@@ -124,14 +124,14 @@ class ChatCall:
                     yield part
 
     def _new_parts(self, answer: Answer, completion: CompletionOutput) -> list[dict[str, Any]]:
-        events = answer.feed(completion.text, is_last=completion.finished)
+        events = answer.feed(completion.text, is_last=completion.finished())
         parts = [_part(completion.index, _delta(event, answer)) for event in events]
         logprobs = self.logprobs(completion) if completion.token_ids else None
-        if not parts and (logprobs is not None or completion.finished):
+        if not parts and (logprobs is not None or completion.finished()):
             parts = [_part(completion.index, {})]
         if parts:
             parts[0]["logprobs"] = logprobs  # of the tokens that brought these parts
-        if completion.finished:
+        if completion.finished():
             parts[-1]["finish_reason"] = answer.finish_reason(completion.finish_reason)
             parts[-1]["stop_reason"] = completion.stop_reason
         return parts

@@ -156,7 +156,7 @@ class _Choice:
             "index": self._index,
             "text": text,
             "logprobs": logprobs,
-            "finish_reason": completion.finish_reason if call.wants_output or not completion.finished else "length",
+            "finish_reason": completion.finish_reason if call.wants_output or not completion.finished() else "length",
             "stop_reason": completion.stop_reason,
         }
 

@@ -235,13 +235,13 @@ class _Items:
         """What a part of the completion, or all of it, brings."""
         logprobs = self._call.logprobs(completion)
         tokens = logprobs["content"] if logprobs else []
-        for event in self._answer.feed(completion.text, is_last=completion.finished):
+        for event in self._answer.feed(completion.text, is_last=completion.finished()):
             if isinstance(event, TextDelta):
                 yield from self._on_text(event.text, tokens)
                 tokens = []
             else:
                 yield from self._on_call(event)
-        if completion.finished:
+        if completion.finished():
             if not self.done and self._open is None:
                 yield from self._open_message()
             yield from self._close("incomplete" if completion.finish_reason == "length" else "completed")
