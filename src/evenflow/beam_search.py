@@ -45,22 +45,30 @@ class BeamSearchOutput:
 @dataclass(slots=True)
 class _Search:
     prompt: list[int]
+    max_tokens: int
     beams: list[BeamSequence] = field(default_factory=lambda: [BeamSequence([], 0.0)])
     ended: list[BeamSequence] = field(default_factory=list)
 
 
 def beam_search(
-    prompts: Sequence[list[int]], params: BeamSearchParams, eos_token_ids: frozenset[int], next_tokens: NextTokens
+    prompts: Sequence[list[int]],
+    params: BeamSearchParams,
+    eos_token_ids: frozenset[int],
+    next_tokens: NextTokens,
+    max_model_len: int = 1 << 31,
 ) -> list[BeamSearchOutput]:
-    """Search every prompt at once, a token per step. next_tokens must return at least 2 * beam_width candidates."""
-    searches = [_Search(list(prompt)) for prompt in prompts]
+    """Search every prompt at once, a token per step. next_tokens must return at least 2 * beam_width candidates.
+
+    max_model_len: of a prompt and its continuation together; a long prompt does not shorten the others' answers.
+    """
+    searches = [_Search(list(prompt), min(params.max_tokens, max_model_len - len(prompt))) for prompt in prompts]
     ends = frozenset() if params.ignore_eos else eos_token_ids
-    for _ in range(params.max_tokens):
-        live = [(search, beam) for search in searches for beam in search.beams]
-        if not live:
+    for step in range(params.max_tokens):
+        going = [search for search in searches if step < search.max_tokens and search.beams]
+        if not going:
             break
-        found = iter(next_tokens([search.prompt + beam.token_ids for search, beam in live]))
-        for search in searches:
+        found = iter(next_tokens([search.prompt + beam.token_ids for search in going for beam in search.beams]))
+        for search in going:
             _extend(search, [next(found) for _ in search.beams], params.beam_width, ends)
     return [BeamSearchOutput(search.prompt, _best(search, params)) for search in searches]
 

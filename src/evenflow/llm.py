@@ -1,7 +1,7 @@
 """Offline inference in the caller's process: LLM.generate, LLM.chat, LLM.beam_search. Names are vLLM's."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import count
 from typing import Any
@@ -15,7 +15,7 @@ from evenflow.engine.input import InputProcessor, Prompt, prompt_text
 from evenflow.engine.opening import open_model, resolve_settings
 from evenflow.engine.output import OutputProcessor
 from evenflow.progress import GenerationProgress
-from evenflow.request import FinishReason, Request, RequestOutput
+from evenflow.request import FinishReason, Request, RequestDelta, RequestOutput
 from evenflow.sampling_params import BeamSearchParams, SamplingParams
 from evenflow.tokenizer import Tokenizer
 
@@ -57,6 +57,7 @@ class LLM:
         self._outputs = OutputProcessor(opened.tokenizer)
         self._defaults = opened.default_params
         self._request_ids = map(str, count())
+        self._kept: dict[str, list[RequestOutput]] = {}  # by request: what others' steps brought to it
 
     def default_sampling_params(self) -> SamplingParams:
         """What a request gets that names no parameters: the model's generation_config.json over our defaults.
@@ -130,12 +131,13 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt; yields after every step that brought tokens, with everything so far.
 
-        Leaving the loop early aborts the request.
+        Leaving the loop early aborts the request. Within the loop other calls may be made, other streams too: each
+        step is everybody's.
         """
         requests = self._add([prompt], [sampling_params or self._defaults], streaming=True)
         try:
-            while self._outputs.is_live(requests[0]):
-                yield from self._step()
+            while self._outputs.is_live(requests[0]) or requests[0] in self._kept:
+                yield from self._kept.pop(requests[0], None) or self._step(requests)
         finally:
             self._abort(requests)
 
@@ -160,11 +162,13 @@ class LLM:
             self._inputs.process("beam", prompt, SamplingParams(max_tokens=1))[0].token_ids
             for prompt in as_prompts(prompts)
         ]
-        room = self.settings.max_model_len - max(map(len, checked), default=0)
-        params = dataclasses.replace(params, max_tokens=min(params.max_tokens, room))
         num_candidates = min(2 * params.beam_width, self.model_config.vocab_size)
         outputs = beam_search(
-            checked, params, self._inputs.eos_token_ids, lambda sequences: self._next_tokens(sequences, num_candidates)
+            checked,
+            params,
+            self._inputs.eos_token_ids,
+            lambda sequences: self._next_tokens(sequences, num_candidates),
+            self.settings.max_model_len,
         )
         if self._tokenizer is not None:
             for output in outputs:
@@ -209,7 +213,8 @@ class LLM:
                 raise ValueError(f"prompt {index}: {error}" if len(prompts) > 1 else str(error)) from None
         for (request_id, children), prompt, prompt_params in zip(parents, prompts, params, strict=True):
             ids = [child.request_id for child in children]
-            own_params = prompt_params.clone()  # the caller may go on changing theirs
+            # A copy in either case: the caller may go on changing theirs.
+            own_params = children[0].params if prompt_params.n == 1 else prompt_params.clone()
             self._outputs.add(
                 request_id, prompt_text(prompt), list(children[0].token_ids), own_params, ids, streaming=streaming
             )
@@ -217,13 +222,28 @@ class LLM:
                 self.engine.add(child)
         return [request_id for request_id, _ in parents]
 
-    def _step(self) -> list[RequestOutput]:
-        outputs, to_abort = self._outputs.process(self.engine.step())
+    def _step(self, own: Container[str]) -> list[RequestOutput]:
+        """A step for everybody. Returns what it brought to `own` requests; for others that is kept until they ask."""
+        try:
+            return self._take(self.engine.step(), own)
+        except BaseException:  # what this step brought is lost, so nobody may wait for it
+            self._abort(self._outputs.live_ids())
+            raise
+
+    def _take(self, deltas: Sequence[RequestDelta], own: Container[str]) -> list[RequestOutput]:
+        outputs, to_abort = self._outputs.process(deltas)
         self.engine.abort(to_abort)
-        return outputs
+        taken = []
+        for output in outputs:
+            if output.request_id in own:
+                taken.append(output)
+            else:
+                self._kept.setdefault(output.request_id, []).append(output)
+        return taken
 
     def _abort(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
+            self._kept.pop(request_id, None)
             self.engine.abort(self._outputs.abort(request_id))
 
     def _run(
@@ -231,11 +251,12 @@ class LLM:
     ) -> list[RequestOutput]:
         """Run to the end. Whatever interrupts it, nothing of these requests stays behind."""
         request_ids = self._add(prompts, params)
+        own = set(request_ids)
         finished: dict[str, RequestOutput] = {}
         try:
             with GenerationProgress(len(prompts)) if show_progress and len(prompts) > 1 else nullcontext() as progress:
                 while len(finished) < len(request_ids):
-                    for output in self._step():
+                    for output in self._step(own):
                         finished[output.request_id] = output
                         if progress is not None:
                             progress.count(output)
@@ -249,9 +270,14 @@ class LLM:
         requests = [Request(next(self._request_ids), list(token_ids), params, max_tokens=1) for token_ids in sequences]
         for request in requests:
             self.engine.add(request)
+        own = {request.request_id for request in requests}
         found: dict[str, list[tuple[int, float]]] = {}
         while len(found) < len(requests):
-            for delta in self.engine.step():
+            deltas = self.engine.step()
+            self._take([delta for delta in deltas if delta.request_id not in own], ())  # of streams that are open
+            for delta in deltas:
+                if delta.request_id not in own:
+                    continue
                 if delta.finish_reason is FinishReason.ERROR:
                     self.engine.abort(request.request_id for request in requests)
                     raise RuntimeError(f"beam search failed: {delta.error}")

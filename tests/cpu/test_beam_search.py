@@ -94,3 +94,14 @@ def test_bad_input(llama):
     llm = LLM(str(llama.directory), skip_tokenizer_init=True)
     with pytest.raises(ValueError, match=f"token id {VOCAB} is outside"):
         llm.beam_search([[VOCAB]], BeamSearchParams(beam_width=2))
+
+
+def test_a_long_prompt_does_not_shorten_the_others():
+    llm = LLM("demo", max_model_len=64)
+    short, long = ({"prompt_token_ids": list(range(5, end))} for end in (8, 63))
+    params = BeamSearchParams(beam_width=2, max_tokens=30, ignore_eos=True)
+    (alone,) = llm.beam_search(short, params)
+    together, cut = llm.beam_search([short, long], params)
+    assert [s.token_ids for s in together.sequences] == [s.token_ids for s in alone.sequences]
+    assert {len(s.token_ids) for s in together.sequences} == {30}
+    assert {len(s.token_ids) for s in cut.sequences} == {64 - 58}

@@ -9,7 +9,7 @@ import torch
 from checkpoints import CASES, VOCAB, Checkpoint, make_checkpoint
 
 import evenflow
-from evenflow import LLM, SamplingParams
+from evenflow import LLM, BeamSearchParams, SamplingParams
 from evenflow.runner.model_runner import ModelRunner
 
 BYTES_PER_TOKEN = 3 * 2 * 2 * 16 * 4  # layers, keys and values, heads, head size, float32
@@ -44,6 +44,11 @@ PROMPTS = random_prompts(12) + [[*range(3, 60), i] for i in range(3, 9)]  # the 
 PARAMS = [greedy()] * 9 + [
     SamplingParams(temperature=1.0, seed=i, max_tokens=24, ignore_eos=True, detokenize=False) for i in range(9)
 ]
+
+
+@pytest.fixture(scope="module")
+def demo() -> LLM:
+    return LLM("demo", max_num_seqs=8)
 
 
 @pytest.fixture(scope="module")
@@ -499,3 +504,45 @@ def test_import_is_lazy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
     with pytest.raises(AttributeError, match="no attribute 'LMM'"):
         getattr(evenflow, "LMM")  # noqa: B009
+
+
+def test_calls_within_a_stream_leave_each_its_own(demo):
+    """Each step is everybody's: what it brings to others waits for them."""
+    params = SamplingParams(temperature=0, max_tokens=8)
+    texts = ("Once upon a time", "There was once a fox")
+    alone = [demo.generate(text, params)[0].outputs[0].token_ids for text in texts]
+
+    found = list(zip(demo.stream(texts[0], params), demo.stream(texts[1], params), strict=True))
+    for index, text in enumerate(texts):
+        assert {pair[index].prompt for pair in found} == {text}
+        assert found[-1][index].outputs[0].token_ids == alone[index]
+
+    beams = demo.beam_search(texts[1], BeamSearchParams(beam_width=2, max_tokens=3))
+    outputs = []
+    for output in demo.stream(texts[0], params):
+        outputs.append(output)
+        if len(outputs) == 2:
+            assert demo.generate(texts[1], params)[0].outputs[0].token_ids == alone[1]
+        if len(outputs) == 4:
+            assert demo.beam_search(texts[1], BeamSearchParams(beam_width=2, max_tokens=3)) == beams
+    assert outputs[-1].outputs[0].token_ids == alone[0]
+    assert outputs[-1].finished
+    assert not demo._kept
+
+
+def test_an_interrupted_call_within_a_stream_ends_the_stream(demo, monkeypatch):
+    """What the interrupted step brought to it is lost, so it must not wait for that."""
+    step = demo.engine.step
+    stream = demo.stream("Once upon a time", SamplingParams(max_tokens=50, ignore_eos=True))
+    next(stream)
+
+    def interrupted():
+        step()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo.engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo.generate("There was once a fox")
+    monkeypatch.undo()
+    assert list(stream) == []
+    assert not demo.engine.has_unfinished
