@@ -1,8 +1,10 @@
 """The API over a real server: what is answered, and that it is what the engine says offline."""
 
 import json
+import re
 import socket
 import time
+from pathlib import Path
 
 import openai
 import pytest
@@ -12,6 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import ServerProcess
 
 from evenflow import LLM, SamplingParams
+from evenflow.server.protocol import ChatCompletionRequest, CompletionRequest, absent_fields
+from evenflow.server.responses import ResponsesRequest
 
 TALE = "tell me the tale of the wolf and the lamb"
 ONCE = "Once upon a time"
@@ -168,12 +172,68 @@ def test_cached_tokens_are_told(server):
 
 
 def test_every_field_may_be_null_and_unknown_ones_are_ignored(server):
-    from evenflow.server.protocol import ChatCompletionRequest, CompletionRequest
-
     nulls = dict.fromkeys(CompletionRequest.__struct_fields__) | {"prompt": "a", "max_tokens": 1}
     post(server, "/v1/completions", nulls | {"unheard_of": {"of": [1]}})
     nulls = dict.fromkeys(ChatCompletionRequest.__struct_fields__) | {"messages": [{"role": "user", "content": "a"}]}
     post(server, "/v1/chat/completions", nulls | {"max_tokens": 1, "store": True})
+
+
+ABSENT = [
+    ("/v1/completions", "allowed_token_ids", [1]),
+    ("/v1/completions", "logits_processors", ["x"]),
+    ("/v1/completions", "prompt_embeds", "AAAA"),
+    ("/v1/completions", "return_token_ids", True),
+    ("/v1/completions", "return_tokens_as_token_ids", True),
+    ("/v1/completions", "truncate_prompt_tokens", 3),
+    ("/v1/completions", "use_beam_search", True),
+    ("/v1/chat/completions", "add_special_tokens", True),
+    ("/v1/chat/completions", "allowed_token_ids", [1]),
+    ("/v1/chat/completions", "audio", {"voice": "x"}),
+    ("/v1/chat/completions", "best_of", 2),
+    ("/v1/chat/completions", "chat_template", "{{ messages }}"),
+    ("/v1/chat/completions", "documents", [{"text": "a"}]),
+    ("/v1/chat/completions", "echo", True),
+    ("/v1/chat/completions", "function_call", {"name": "f"}),
+    ("/v1/chat/completions", "functions", [{"name": "f"}]),
+    ("/v1/chat/completions", "modalities", ["text", "audio"]),
+    ("/v1/chat/completions", "prompt_logprobs", 0),
+    ("/v1/chat/completions", "truncate_prompt_tokens", -1),
+    ("/v1/chat/completions", "web_search_options", {}),
+    ("/v1/responses", "echo", True),
+    ("/v1/responses", "functions", [{"name": "f"}]),
+    ("/v1/responses", "logprobs", True),
+    ("/v1/responses", "max_tokens", 5),
+    ("/v1/responses", "messages", [{"role": "user", "content": "a"}]),
+    ("/v1/responses", "n", 2),
+    ("/v1/responses", "prompt", {"id": "pmpt_1"}),
+    ("/v1/responses", "response_format", {"type": "json_object"}),
+]
+QUESTIONS = {
+    "/v1/completions": {"prompt": "a", "max_tokens": 1},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
+    "/v1/responses": {"input": "a", "max_output_tokens": 1},
+}
+
+
+@pytest.mark.parametrize(("path", "name", "value"), ABSENT)
+def test_a_known_field_that_is_absent_is_refused_not_ignored(server, path, name, value):
+    error = post(server, path, QUESTIONS[path] | {name: value}, 400)["error"]
+    assert error["param"] == name
+    assert error["message"].startswith(f"{name} is not implemented; ")
+
+
+@pytest.mark.parametrize("path", QUESTIONS)
+def test_absent_fields_that_ask_for_nothing_pass(server, path):
+    names = {name for where, name, _ in ABSENT if where == path}
+    neutral = {"n": 1, "best_of": 1, "function_call": "auto", "modalities": ["text"], "functions": []}
+    post(server, path, QUESTIONS[path] | dict.fromkeys(names, False))
+    post(server, path, QUESTIONS[path] | {name: neutral.get(name) for name in names})
+
+
+def test_every_absent_field_is_documented():
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    for kind in (CompletionRequest, ChatCompletionRequest, ResponsesRequest):
+        assert [name for name in absent_fields(kind) if f"`{name}`" not in text] == []
 
 
 def test_parameters_reach_the_sampler(server):
@@ -366,6 +426,45 @@ def test_responses_are_incomplete_when_cut(client):
     assert len(answer.output[0].content[0].logprobs) == 3
 
 
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"structured_outputs": {"choice": ["yes", "no"]}},
+        {"guided_choice": ["yes", "no"]},
+        {"guided_regex": "yes|no"},
+        {"guided_grammar": 'start: "yes" | "no"'},
+    ],
+)
+def test_responses_take_structured_outputs_as_chats_do(server, field):
+    answer = post(server, "/v1/responses", {"input": TALE, "max_output_tokens": 20} | field)
+    assert answer["output"][0]["content"][0]["text"] in ("yes", "no")
+
+
+def test_responses_take_the_other_extra_fields_of_a_chat(server):
+    def text(**body):
+        answer = post(server, "/v1/responses", {"input": TALE, "max_output_tokens": 12, "temperature": 0} | body)
+        return answer["output"][0]["content"][0]["text"]
+
+    greedy = text()
+    assert text(logit_bias={"263": 100}) != greedy
+    assert text(frequency_penalty=2.0, presence_penalty=2.0, repetition_penalty=50.0) != greedy
+    body = {"input": TALE, "text": {"format": {"type": "json_object"}}, "guided_regex": "a"}
+    error = post(server, "/v1/responses", body, 400)["error"]
+    assert (error["param"], error["message"][:11]) == ("text", "text.format")
+
+
+def test_responses_name_the_item_and_its_field_at_fault(server):
+    user = {"role": "user", "content": "a"}
+    items = [user, {"type": "function_call_output", "call_id": "c", "output": 5}]
+    error = post(server, "/v1/responses", {"input": items, "instructions": "b"}, 400)["error"]
+    assert error["message"] == "input[1].output must be a string or a list of text parts, not int"
+    items = [user, {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{"}]
+    error = post(server, "/v1/responses", {"input": items}, 400)["error"]
+    assert error["message"] == "input[1].arguments is not valid JSON"
+    error = post(server, "/v1/responses", {"input": "a", "max_output_tokens": 2, "min_tokens": 3}, 400)["error"]
+    assert error["message"] == "min_tokens=3 must be at most max_output_tokens=2"
+
+
 # The rest of the surface
 
 
@@ -494,8 +593,14 @@ BAD = [
     ),
     ("/v1/responses", {"input": "a", "previous_response_id": "resp_1"}, 400, "previous_response_id"),
     ("/v1/responses", {"input": [{"type": "item_reference"}]}, 400, "input"),
+    ("/v1/responses", {"input": []}, 400, "input"),
+    ("/v1/responses", {"input": [{"role": "user"}]}, 400, "input"),
+    ("/v1/responses", {"input": [{"type": "function_call_output", "call_id": "c", "output": 5}]}, 400, "input"),
+    ("/v1/responses", {"input": [{"type": "function_call", "name": 5, "arguments": "{}"}]}, 400, "input"),
+    ("/v1/responses", {"input": "a", "max_output_tokens": 0}, 400, "max_output_tokens"),
     ("/tokenize", {}, 400, "prompt"),
-    ("/detokenize", {"tokens": [-1]}, 400, None),
+    ("/detokenize", {"tokens": [-1]}, 400, "tokens"),
+    ("/detokenize", {"tokens": [99999999]}, 400, "tokens"),
 ]
 
 
@@ -505,6 +610,8 @@ def test_bad_input_is_refused_by_name(server, path, body, status, param):
     assert error["param"] == param, error
     assert set(error) == {"message", "type", "param", "code"}
     assert "Traceback" not in error["message"]
+    if path == "/v1/responses":
+        assert not re.search("messages|max_tokens|response_format", error["message"])
     if body.get("stream") is None and path != "/tokenize" and path != "/detokenize":
         # The same refusal, not half of an answer, when a stream is asked for.
         assert server.client.post(path, json=body | {"stream": True}).status_code == status
@@ -561,7 +668,8 @@ FIELDS += ["response_format", "stream_options", "max_tokens", "top_logprobs", "g
     body=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=5),
 )
 def test_nothing_that_a_client_can_send_is_our_failure(server, path, body):
-    content = json.dumps({"max_tokens": 2} | body).encode("utf-8", "surrogatepass")
+    limit = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    content = json.dumps({limit: 2} | body).encode("utf-8", "surrogatepass")
     response = server.client.post(path, content=content, headers={"Content-Type": "application/json"})
     assert response.status_code < 500, response.text
     if response.status_code >= 400:

@@ -58,8 +58,6 @@ class CompletionCall:
 
     def _check_combinations(self) -> None:
         body, best_of = self.body, self.body.best_of or self.n
-        if body.suffix:
-            raise ApiError(400, "suffix is not implemented; leave it out", param="suffix")
         if best_of < self.n:
             raise ApiError(400, f"best_of={best_of} must be at least n={self.n}", param="best_of")
         if body.stream and best_of > self.n:

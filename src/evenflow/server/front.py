@@ -16,11 +16,13 @@ from evenflow.sampling_params import SamplingParams, StructuredOutputsParams
 from evenflow.server.config import ServerConfig
 from evenflow.server.errors import ApiError
 from evenflow.server.metrics import Metrics
-from evenflow.server.protocol import ChatCompletionRequest, CompletionRequest
+from evenflow.server.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest
 from evenflow.server.tracing import RequestSpan, Tracer, request_attributes, response_attributes
 from evenflow.tokenizer import Tokenizer
 
-REQUEST_FIELDS = frozenset(CompletionRequest.__struct_fields__ + ChatCompletionRequest.__struct_fields__)
+REQUEST_FIELDS = frozenset(
+    CompletionRequest.__struct_fields__ + ChatCompletionRequest.__struct_fields__ + DetokenizeRequest.__struct_fields__
+)
 MAX_QUEUED_CONTEXTS = 64  # prompts of the full context, or as many tokens in shorter ones, may wait at a time
 
 

@@ -1,9 +1,12 @@
 """The bodies that clients send: typed, closed, null-tolerant; unknown fields are accepted and ignored.
 
 Owns names, types and the translation to SamplingParams, which checks the ranges. Field names are OpenAI's, then vLLM's.
+Fields of theirs that would change an answer, and that an endpoint lacks, are declared `Annotated[Any, Absent(...)]`.
 """
 
-from typing import Any, Literal
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
 
@@ -16,6 +19,36 @@ MAX_TOP_LOGPROBS = 20
 
 Prompts = str | list[str | int | list[int]]
 JsonObject = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """A known field that is not implemented: null, false, what is empty and the neutral values pass."""
+
+    way_out: str
+    neutral: tuple[Any, ...] = ()
+
+    def takes(self, value: Any) -> bool:
+        if value is None or isinstance(value, bool):
+            return not value
+        return value in ("", [], *self.neutral)
+
+
+@cache
+def absent_fields(kind: type) -> dict[str, Absent]:
+    """Of a body, by name."""
+    hints = get_type_hints(kind, include_extras=True)
+    marks = {name: getattr(hint, "__metadata__", (None,))[0] for name, hint in hints.items()}
+    return {name: mark for name, mark in marks.items() if isinstance(mark, Absent)}
+
+
+class Body(msgspec.Struct, kw_only=True):
+    """Raises ApiError for a value of an absent field that would have changed the answer."""
+
+    def __post_init__(self) -> None:
+        for name, field in absent_fields(type(self)).items():
+            if not field.takes(getattr(self, name)):
+                raise ApiError(400, f"{name} is not implemented; {field.way_out}", param=name)
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
@@ -49,8 +82,8 @@ class StructuredOutputs(msgspec.Struct, kw_only=True):
     grammar: str | None = None
 
 
-class SamplingFields(msgspec.Struct, kw_only=True):
-    """What completions and chats share. A field that is absent or null takes the model's default."""
+class SamplingFields(Body, kw_only=True):
+    """What completions, chats and responses share. A field that is absent or null takes the model's default."""
 
     model: str | None = None
     n: int | None = None
@@ -81,6 +114,14 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     cache_salt: str | None = None
     priority: int | None = None  # accepted; first come, first served
     user: str | None = None
+    allowed_token_ids: Annotated[Any, Absent("use structured_outputs or logit_bias")] = None
+    guided_whitespace_pattern: Annotated[Any, Absent("use a grammar")] = None
+    logits_processors: Annotated[Any, Absent("use logit_bias or bad_words")] = None
+    return_token_ids: Annotated[Any, Absent("use logprobs, or send the text to /tokenize")] = None
+    return_tokens_as_token_ids: Annotated[Any, Absent("leave it out: logprobs name tokens by their text")] = None
+    structural_tag: Annotated[Any, Absent("use a grammar")] = None
+    truncate_prompt_tokens: Annotated[Any, Absent("send a shorter prompt; /tokenize counts its tokens")] = None
+    use_beam_search: Annotated[Any, Absent("use LLM.beam_search in Python")] = None
 
     def to_params(self, defaults: SamplingParams, **fixed: Any) -> SamplingParams:
         """`defaults`, then what the body says, then `fixed`. Raises ValueError that names the field."""
@@ -139,17 +180,14 @@ class CompletionRequest(SamplingFields, kw_only=True):
     prompt_logprobs: int | None = None
     echo: bool | None = None
     best_of: int | None = None
-    suffix: str | None = None
     add_special_tokens: bool | None = None
+    prompt_embeds: Annotated[Any, Absent("send texts or token ids as prompt")] = None
+    suffix: Annotated[Any, Absent("leave it out")] = None
 
 
-class ChatCompletionRequest(SamplingFields, kw_only=True):
-    """POST /v1/chat/completions."""
+class ChatFields(SamplingFields, kw_only=True):
+    """What chats and responses share beside the sampling."""
 
-    messages: list[JsonObject]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[JsonObject] | None = None
     tool_choice: str | JsonObject | None = None
@@ -157,6 +195,26 @@ class ChatCompletionRequest(SamplingFields, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, str | int | float | bool | None] | None = None
+    add_special_tokens: Annotated[Any, Absent("the chat template writes them; use /v1/completions")] = None
+    best_of: Annotated[Any, Absent("use /v1/completions", (1,))] = None
+    chat_template: Annotated[Any, Absent("render the prompt yourself and use /v1/completions")] = None
+    documents: Annotated[Any, Absent("write them into a message")] = None
+    echo: Annotated[Any, Absent("use /v1/completions")] = None
+    function_call: Annotated[Any, Absent("use tool_choice", ("none", "auto"))] = None
+    functions: Annotated[Any, Absent("use tools")] = None
+    prompt_logprobs: Annotated[Any, Absent("use /v1/completions")] = None
+
+
+class ChatCompletionRequest(ChatFields, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[JsonObject]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    audio: Annotated[Any, Absent("answers are text; leave it out")] = None
+    modalities: Annotated[Any, Absent("answers are text; leave it out", (["text"],))] = None
+    web_search_options: Annotated[Any, Absent("this server searches nothing; leave it out")] = None
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):

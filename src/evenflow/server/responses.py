@@ -1,19 +1,29 @@
 """POST /v1/responses: OpenAI's newer API, answered by the chat's machinery. Nothing is stored."""
 
+import re
 import uuid
 from collections.abc import AsyncGenerator, Iterator
-from typing import Any, Literal
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+from evenflow.chat_template import check_messages
 from evenflow.request import CompletionOutput
 from evenflow.server.answer import Answer, ToolCall
 from evenflow.server.chat import ChatCall
 from evenflow.server.errors import ApiError, error_body
 from evenflow.server.front import Front, ObservedGeneration, raise_if_failed
-from evenflow.server.protocol import ChatCompletionRequest, JsonObject, JsonSchemaFormat, ResponseFormat
+from evenflow.server.protocol import (
+    Absent,
+    ChatCompletionRequest,
+    ChatFields,
+    JsonObject,
+    JsonSchemaFormat,
+    ResponseFormat,
+)
 from evenflow.server.streaming import encode_json
-from evenflow.server.tools import TextDelta, ToolCallStart, ToolEvent
+from evenflow.server.tools import TextDelta, ToolCallStart, ToolEvent, prepare_messages
 
 
 class TextFormat(msgspec.Struct, kw_only=True):
@@ -29,33 +39,28 @@ class TextOptions(msgspec.Struct, kw_only=True):
     format: TextFormat | None = None
 
 
-class ResponsesRequest(msgspec.Struct, kw_only=True):
-    """What is stored on OpenAI's side (previous_response_id, conversation) is refused; `store` is ignored."""
+class ResponsesRequest(ChatFields, kw_only=True):
+    """What is stored on OpenAI's side (previous_response_id, conversation) is refused; `store` is ignored.
+
+    What a chat takes is taken here too, as in vLLM, but for the fields that have other names or places.
+    """
 
     input: str | list[JsonObject]
-    model: str | None = None
     instructions: str | None = None
     max_output_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_logprobs: int | None = None
     include: list[str] | None = None
-    stream: bool | None = None
-    tools: list[JsonObject] | None = None
-    tool_choice: str | JsonObject | None = None
-    parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     metadata: dict[str, str] | None = None
     background: bool | None = None
     previous_response_id: str | None = None
     conversation: str | JsonObject | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    ignore_eos: bool | None = None
-    min_tokens: int | None = None
-    repetition_penalty: float | None = None
+    logprobs: Annotated[Any, Absent("use top_logprobs")] = None
+    max_completion_tokens: Annotated[Any, Absent("use max_output_tokens")] = None
+    max_tokens: Annotated[Any, Absent("use max_output_tokens")] = None
+    messages: Annotated[Any, Absent("use input")] = None
+    n: Annotated[Any, Absent("send several requests", (1,))] = None
+    prompt: Annotated[Any, Absent("no prompts are stored; use instructions and input")] = None
+    response_format: Annotated[Any, Absent("use text.format")] = None
 
     def to_chat(self) -> ChatCompletionRequest:
         """The same question to the chat API. Raises ApiError for what would need a memory of ours."""
@@ -65,26 +70,18 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
                     400, f"{name} needs stored responses, and this server stores none; send the whole input", param=name
                 )
         wants_logprobs = "message.output_text.logprobs" in (self.include or []) or bool(self.top_logprobs)
+        changed: dict[str, Any] = {
+            "n": None,
+            "top_logprobs": self.top_logprobs if wants_logprobs else None,
+            "tools": [_nested_tool(i, tool) for i, tool in enumerate(self.tools)] if self.tools else None,
+            "tool_choice": _nested_choice(self.tool_choice),
+            "response_format": self._response_format(),
+        }
         return ChatCompletionRequest(
             messages=self._messages(),
-            model=self.model,
             max_completion_tokens=self.max_output_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
-            stop=self.stop,
-            ignore_eos=self.ignore_eos,
-            min_tokens=self.min_tokens,
             logprobs=wants_logprobs or None,
-            top_logprobs=self.top_logprobs if wants_logprobs else None,
-            stream=self.stream,
-            tools=[_nested_tool(i, tool) for i, tool in enumerate(self.tools)] if self.tools else None,
-            tool_choice=_nested_choice(self.tool_choice),
-            parallel_tool_calls=self.parallel_tool_calls,
-            response_format=self._response_format(),
+            **{name: getattr(self, name) for name in ChatFields.__struct_fields__} | changed,
         )
 
     def _messages(self) -> list[JsonObject]:
@@ -93,6 +90,8 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
             messages.append({"role": "system", "content": self.instructions})
         if isinstance(self.input, str):
             return [*messages, {"role": "user", "content": self.input}]
+        if not self.input:
+            raise ApiError(400, "input is empty; send a text, or a list of at least one item", param="input")
         for index, item in enumerate(self.input):
             _add_item(messages, index, item)
         return messages
@@ -110,23 +109,35 @@ def _add_item(messages: list[JsonObject], index: int, item: JsonObject) -> None:
     kind = item.get("type", "message")
     if kind == "message":
         role = item.get("role")
-        messages.append({"role": "system" if role == "developer" else role, "content": _content(index, item)})
+        message = {"role": "system" if role == "developer" else role, "content": _content(index, item, "content")}
+        messages.append(_checked(index, message, "content"))
     elif kind == "function_call":
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
         call = {"id": item.get("call_id"), "type": "function", "function": function}
+        _checked(index, {"role": "assistant", "tool_calls": [call]}, "arguments")
         if messages and messages[-1].get("tool_calls"):
             messages[-1]["tool_calls"].append(call)
         else:
             messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
     elif kind == "function_call_output":
-        messages.append(
-            {"role": "tool", "tool_call_id": item.get("call_id"), "content": _content(index, item, "output")}
-        )
+        message = {"role": "tool", "tool_call_id": item.get("call_id"), "content": _content(index, item, "output")}
+        messages.append(_checked(index, message, "output"))
     elif kind != "reasoning":
         raise ApiError(400, f"input[{index}] is of type {kind!r:.80}, which is not implemented", param="input")
 
 
-def _content(index: int, item: JsonObject, key: str = "content") -> Any:
+def _checked(index: int, message: JsonObject, key: str) -> JsonObject:
+    """The message, or ApiError that names the item, and its `key` for the content, instead of the message."""
+    try:
+        check_messages(prepare_messages([message]))
+    except ValueError as error:
+        text = str(error).replace("messages[0].tool_calls[0].function", f"input[{index}]")
+        text = text.replace("messages[0].content", f"input[{index}].{key}").replace("messages[0]", f"input[{index}]")
+        raise ApiError(400, text.replace("has no content", f"has no {key}"), param="input") from None
+    return message
+
+
+def _content(index: int, item: JsonObject, key: str) -> Any:
     content = item.get(key)
     if not isinstance(content, list):
         return content
@@ -150,13 +161,46 @@ def _nested_choice(choice: str | JsonObject | None) -> str | JsonObject | None:
     return choice
 
 
+# Fields of the chat API that have other names here.
+_OWN_NAMES = {
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "messages": "input",
+    "response_format": "text.format",
+}
+_CHAT_NAME = re.compile(rf"\b({'|'.join(_OWN_NAMES)})\b(?!['\"])")
+
+
+@contextmanager
+def _own_names() -> Iterator[None]:
+    """What the chat's machinery refuses, in this API's words."""
+    try:
+        yield
+    except ApiError as error:
+        message = _CHAT_NAME.sub(lambda match: _OWN_NAMES[match[1]], error.message)
+        param = _OWN_NAMES.get(error.param or "", error.param)
+        raise ApiError(
+            error.status,
+            message,
+            param=None if param is None else param.split(".")[0],
+            code=error.code,
+            headers=error.headers,
+        ) from None
+
+
 class ResponsesCall(ChatCall):
     """One call, checked. What runs is a chat; what is told are items."""
 
     def __init__(self, front: Front, body: ResponsesRequest, size: int) -> None:
-        super().__init__(front, body.to_chat(), size)
+        chat = body.to_chat()
+        with _own_names():
+            super().__init__(front, chat, size)
         self._asked = body
         self.id = f"resp_{uuid.uuid4().hex}"
+
+    async def open(self) -> ObservedGeneration:
+        with _own_names():
+            return await super().open()
 
     async def whole(self, generation: ObservedGeneration) -> bytes:
         async for _, output in generation:
