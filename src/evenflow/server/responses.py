@@ -23,7 +23,7 @@ from evenflow.server.protocol import (
     ResponseFormat,
 )
 from evenflow.server.streaming import encode_json
-from evenflow.server.tools import TextDelta, ToolCallStart, ToolEvent, prepare_messages
+from evenflow.server.tools import TextDelta, ToolCallStart, ToolEvent
 
 
 class TextFormat(msgspec.Struct, kw_only=True):
@@ -129,7 +129,7 @@ def _add_item(messages: list[JsonObject], index: int, item: JsonObject) -> None:
 def _checked(index: int, message: JsonObject, key: str) -> JsonObject:
     """The message, or ApiError that names the item, and its `key` for the content, instead of the message."""
     try:
-        check_messages(prepare_messages([message]))
+        check_messages([message])
     except ValueError as error:
         text = str(error).replace("messages[0].tool_calls[0].function", f"input[{index}]")
         text = text.replace("messages[0].content", f"input[{index}].{key}").replace("messages[0]", f"input[{index}]")
