@@ -288,6 +288,29 @@ def test_a_wrong_field_is_named(body, param):
     assert (caught.value.status, caught.value.param) == (400, param), caught.value.message
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        rb"\ud800",
+        rb"\uDC00",
+        rb"\ud83d\ude00 \ud800",
+        rb"a\ud800\u0041",
+        rb"\\\udbff",
+        rb"\ud800abcdefgh",
+        rb"\udc00\ud800",
+    ],
+)
+def test_half_of_a_surrogate_pair_is_called_that(text):
+    with pytest.raises(ApiError, match=r"\\u[dD]\w{3} is half of a surrogate pair"):
+        decode(b'{"prompt": "' + text + b'"}', CompletionRequest)
+
+
+def test_other_broken_json_is_not_called_half_of_a_pair():
+    assert decode(rb'{"prompt": "\ud83d\ude00 \\ud800"}', CompletionRequest).prompt == "\U0001f600 \\ud800"
+    with pytest.raises(ApiError, match="truncated"):
+        decode(rb'{"prompt": "\ud83d\ude00 \\ud800', CompletionRequest)
+
+
 def test_depth_is_bounded_without_a_deep_stack():
     def nested(depth):
         return b'{"prompt": "a", "guided_json": ' + b'{"a":' * depth + b"1" + b"}" * (depth + 1)

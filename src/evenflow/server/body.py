@@ -17,6 +17,8 @@ MAX_WHOLE = 2.0**53  # beyond, a float is no longer one integer
 _HALF_PAIR = re.compile(rb"\\u[dD](?:[89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|[c-fC-F])")
 _JSON_TYPE = re.compile(r"application/(json|[\w.+-]{1,64}\+json)")
 _FIELD = re.compile(r"`\$\.?([A-Za-z_][A-Za-z0-9_]*)?([^`]*)`")
+_ESCAPED_PAIR = re.compile(rb"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")  # or a backslash
+_LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
 async def read_json_body(scope: Scope, receive: Receive, kind: type[T], max_bytes: int) -> tuple[T, int]:
@@ -77,8 +79,10 @@ def decode(data: bytes, kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         raise invalid(str(error)) from None
     except msgspec.DecodeError as error:
-        what = "a \\u escape that is half of a surrogate pair" if _HALF_PAIR.search(data) else error
-        raise ApiError(400, f"the body is not valid JSON: {what}") from None
+        if (half := _lone_surrogate(data)) is not None:
+            what = f"{half} is half of a surrogate pair, which no text holds; escape both halves, or none"
+            raise ApiError(400, f"the body is not valid JSON: {what}") from None
+        raise ApiError(400, f"the body is not valid JSON: {error}") from None
     except (RecursionError, UnicodeDecodeError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else "not valid UTF-8"
         raise ApiError(400, f"the body is {what}") from None
@@ -86,14 +90,10 @@ def decode(data: bytes, kind: type[T]) -> T:
     return value
 
 
-def _with_integers(body: Any) -> Any:
-    """The fields of a body, those that are whole numbers as integers."""
-    if not isinstance(body, dict):
-        return body
-    return {
-        name: int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_WHOLE else value
-        for name, value in body.items()
-    }
+def _lone_surrogate(data: bytes) -> str | None:
+    """The first escape of half a surrogate pair, which the decoder takes for an end too early."""
+    match = _LONE_SURROGATE.search(_ESCAPED_PAIR.sub(b" ", data))
+    return None if match is None else match[0].decode()
 
 
 def invalid(message: str) -> ApiError:
