@@ -77,7 +77,7 @@ def test_without_keys_the_server_is_open():
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1/models", "/metrics", "/live", "/ready", "/tokenize", "/nope", "/health/", "//health"]
+    "path", ["/", "/v1/models", "/metrics", "/live", "/tokenize", "/nope", "/health/", "//health", "/ready/"]
 )
 def test_a_key_is_needed_on_every_path(path):
     app = keyed("one", "two")
@@ -93,8 +93,9 @@ def test_health_tells_of_the_kernels_where_there_are_any(account, expected):
     assert json.loads(Answer(app, "/health").body) == {"status": "alive"} | expected
 
 
-def test_health_needs_none():
-    assert Answer(keyed("one"), "/health").status == 200
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_a_probe_needs_none(path):
+    assert Answer(keyed("one"), path).status == 200
 
 
 def test_the_host_header_opens_nothing():

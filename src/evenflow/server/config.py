@@ -18,7 +18,7 @@ class ServerConfig:
         None, "clients must send this key; better in a file, since others see the command line"
     )
     api_key_file: str | None = option(
-        None, "file with one key per line; one of them is needed on every path but /health"
+        None, "file with one key per line; one of them is needed on every path but /health and /ready"
     )
     allowed_hosts: str | None = option(None, "further Host names that a server on a loopback address answers to, a,b,c")
     max_queue: int = option(2048, "most requests that wait; beyond, clients get 429 and Retry-After")

@@ -24,6 +24,7 @@ access_logger = logging.getLogger("evenflow.access")
 CLIENT_LEFT = 499  # nginx's number for it: nobody is left to read one
 PROBED = ("/health", "/ready")  # by whoever has no key: an orchestrator, a load balancer
 POLLED = ("/health", "/ready", "/metrics", "/live")  # logged when they fail
+PROBED = ("/health", "/ready")  # by supervisors, which hold no key: a word on the state, and nothing else
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -143,7 +144,7 @@ def _without_port(host: str) -> str:
 
 
 class ApiKey:
-    """With keys, every path but those of probes needs one: `Authorization: Bearer KEY`, or a browser's password."""
+    """With keys, every path but the probed ones needs one: `Authorization: Bearer KEY`, or a browser's password."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
