@@ -288,6 +288,45 @@ def test_a_wrong_field_is_named(body, param):
     assert (caught.value.status, caught.value.param) == (400, param), caught.value.message
 
 
+def test_a_whole_number_may_be_written_as_a_float():
+    body = decode(b'{"prompt": "a", "max_tokens": 4.0, "n": 2e0, "seed": -0.0, "temperature": 1}', CompletionRequest)
+    assert (body.max_tokens, body.n, body.seed, body.temperature) == (4, 2, 0, 1.0)
+    assert all(type(value) is int for value in (body.max_tokens, body.n, body.seed))
+    assert decode(b'{"prompt": "a", "seed": 9007199254740991.0}', CompletionRequest).seed == 2**53 - 1
+    assert decode(b'{"prompt": "a", "logprobs": 2.0}', CompletionRequest).logprobs == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b'{"prompt": "a", "seed": 9007199254740992.0}', "seed"),
+        (b'{"prompt": "a", "seed": -1e300}', "seed"),
+        (b'{"prompt": "a", "n": 2.0, "max_tokens": 4.5}', "max_tokens"),
+        (b'{"prompt": "a", "n": 2.0, "echo": 1.0}', "echo"),
+        (b'{"prompt": "a", "n": 2.0, "best_of": "2"}', "best_of"),
+        (b'{"prompt": "a", "n": 2.0, "top_k": 1e999}', None),
+        (b'{"prompt": "a", "n": 2.0, "top_k": ', None),
+        (b'{"prompt": "a", "n": 2.0, "user": "\xff"}', None),
+        (b'{"prompt": "a", "n": 2.0, "user": "\\ud800"}', None),
+        (b'{"prompt": "a", "n": 2.0, "guided_json": ' + b"[" * 100_000, None),
+        (b"4.0", None),
+        (b'{"prompt": "a", "n": 2.0, "suffix": "z"}', "suffix"),
+        (b'{"n": 2.0}', "prompt"),
+    ],
+)
+def test_other_numbers_are_still_refused(body, param):
+    with pytest.raises(ApiError) as caught:
+        decode(body, CompletionRequest)
+    assert (caught.value.status, caught.value.param) == (400, param), caught.value.message
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(b"true", 1), (b"false", None), (b"0", 0), (b"null", None)])
+def test_logprobs_of_a_completion_may_be_a_chats(asked, taken):
+    logprobs = decode(b'{"prompt": "a", "logprobs": ' + asked + b"}", CompletionRequest).logprobs
+    assert logprobs == taken
+    assert not isinstance(logprobs, bool)
+
+
 @pytest.mark.parametrize(
     "text",
     [

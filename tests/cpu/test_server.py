@@ -104,6 +104,12 @@ def test_echo_returns_the_prompt(server):
     assert nothing["choices"][0]["finish_reason"] == "length"
 
 
+def test_numbers_in_other_forms_are_what_they_say(server):
+    body = {"prompt": ONCE, "max_tokens": 4, "logprobs": 1, "temperature": 0}
+    expected = post(server, "/v1/completions", body)["choices"]
+    assert post(server, "/v1/completions", body | {"max_tokens": 4.0, "logprobs": True})["choices"] == expected
+
+
 def test_text_offsets_point_into_the_text(server):
     answer = post(server, "/v1/completions", {"prompt": ONCE, "echo": True, "max_tokens": 8, "logprobs": 0, "seed": 2})
     choice = answer["choices"][0]

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import msgspec
 from starlette.types import Receive, Scope
@@ -70,12 +70,7 @@ def decode(data: bytes, kind: type[T]) -> T:
     if not data:
         raise ApiError(400, "the body is empty; send a JSON object")
     try:
-        try:
-            value = msgspec.json.decode(data, type=kind)
-        except msgspec.ValidationError as error:
-            if "`float`" not in str(error):
-                raise
-            value = msgspec.convert(_with_integers(msgspec.json.decode(data)), kind)
+        value = _typed(data, kind)
     except msgspec.ValidationError as error:
         raise invalid(str(error)) from None
     except msgspec.DecodeError as error:
@@ -88,6 +83,26 @@ def decode(data: bytes, kind: type[T]) -> T:
         raise ApiError(400, f"the body is {what}") from None
     check_depth(value)
     return value
+
+
+def _typed(data: bytes, kind: type[T]) -> T:
+    """Takes 4.0 for 4 in fields that are an integer, as JSON Schema does; up to 2**53, where floats skip integers."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError as error:
+        if "got `float`" not in str(error):
+            raise
+        fields = msgspec.json.decode(data)
+        for name in _integer_fields(kind) & fields.keys() if isinstance(fields, dict) else ():
+            number = fields[name]
+            if isinstance(number, float) and number.is_integer() and abs(number) < 2**53:
+                fields[name] = int(number)
+        return msgspec.convert(fields, kind)
+
+
+def _integer_fields(kind: type[Any]) -> set[str]:
+    fields = msgspec.structs.fields(kind)
+    return {field.name for field in fields if int in get_args(field.type) and float not in get_args(field.type)}
 
 
 def _lone_surrogate(data: bytes) -> str | None:

@@ -176,13 +176,18 @@ class CompletionRequest(SamplingFields, kw_only=True):
 
     prompt: Prompts
     max_tokens: int | None = None
-    logprobs: int | None = None
+    logprobs: int | bool | None = None  # true, a chat's form of it: one alternative
     prompt_logprobs: int | None = None
     echo: bool | None = None
     best_of: int | None = None
     add_special_tokens: bool | None = None
     prompt_embeds: Annotated[Any, Absent("send texts or token ids as prompt")] = None
     suffix: Annotated[Any, Absent("leave it out")] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.logprobs, bool):
+            self.logprobs = 1 if self.logprobs else None
 
 
 class ChatFields(SamplingFields, kw_only=True):
