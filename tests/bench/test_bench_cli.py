@@ -100,6 +100,7 @@ def unused_url():
 
 def test_no_server(capsys):
     assert main(["bench", "serving", "--base-url", unused_url()]) == 2
+    assert main(["bench", "serve", "--base-url", unused_url()]) == 2  # vLLM's name of it
     assert "no server answers at http://127.0.0.1" in capsys.readouterr().err
 
 

@@ -192,6 +192,7 @@ def test_one_message(capsys, fake):
         (["bench", "ablation", "--output-dir", "x"], "unknown option --output-dir, which another kind of it takes"),
         (["plan"], "required: MODEL"),
         (["plan", "llama-2-7b", "--gpu", "mi21"], "GPU 'mi21' is not listed; did you mean mi210?"),
+        (["plan", "llama-2-7b", "--gpu", ""], "GPU '' is not listed. Known are "),
         (["plan", "nonsense"], "'nonsense' does not exist"),
         (["plan", "llama-2-7b", "--gpu", "a100", "--max-model-len", "9999"], "exceeds the model's context of 4096"),
         (["plan", "qwen2.5-7b", "--gpu", "a100", "--gpus", "8"], "--gpus 8 must divide the model's 28"),

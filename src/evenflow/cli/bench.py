@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, (text, examples) in KINDS.items():
         chosen = kinds.add_parser(
             name,
+            aliases=ALIASES.get(name, ()),
             help=text,
             description=text[0].upper() + text[1:] + ".",
             epilog=examples,
@@ -314,6 +315,7 @@ def _write(path: Path | None, record: dict[str, Any], *, is_told: bool = True) -
         print(f"written: {path}")
 
 
+ALIASES = {"serving": ("serve",)}  # as vLLM calls it
 _RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     "throughput": _run_throughput,
     "latency": _run_latency,

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.max_model_len is not None and args.max_model_len < 1:
         raise ValueError(f"--max-model-len {args.max_model_len} must be at least 1")
-    gpus = [find_specs(args.gpu)] if args.gpu else list(all_specs().values())
+    gpus = [find_specs(args.gpu)] if args.gpu is not None else list(all_specs().values())
     model = read_model_config(args.model, args.revision)
     counts = (args.gpus,) if args.gpus else tuple(n for n in GPU_COUNTS if can_be_split(model, n))
     plans = [

@@ -13,8 +13,6 @@ T = TypeVar("T")
 
 MAX_DEPTH = 64
 LONG_BODY = 64 * 1024  # bytes: beyond, decoding is done in a thread
-MAX_WHOLE = 2.0**53  # beyond, a float is no longer one integer
-_HALF_PAIR = re.compile(rb"\\u[dD](?:[89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|[c-fC-F])")
 _JSON_TYPE = re.compile(r"application/(json|[\w.+-]{1,64}\+json)")
 _FIELD = re.compile(r"`\$\.?([A-Za-z_][A-Za-z0-9_]*)?([^`]*)`")
 _ESCAPED_PAIR = re.compile(rb"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")  # or a backslash
@@ -63,10 +61,7 @@ def too_long(max_bytes: int) -> ApiError:
 
 
 def decode(data: bytes, kind: type[T]) -> T:
-    """Strict JSON: no NaN, no lone surrogate, at most MAX_DEPTH levels. Of a key that comes twice, the last counts.
-
-    A field that is an integer may be written 4.0, as JSON Schema has it.
-    """
+    """Strict JSON: no NaN, no lone surrogate, at most MAX_DEPTH levels. Of a key that comes twice, the last counts."""
     if not data:
         raise ApiError(400, "the body is empty; send a JSON object")
     try:

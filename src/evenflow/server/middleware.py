@@ -22,7 +22,6 @@ logger = logging.getLogger("evenflow")
 access_logger = logging.getLogger("evenflow.access")
 
 CLIENT_LEFT = 499  # nginx's number for it: nobody is left to read one
-PROBED = ("/health", "/ready")  # by whoever has no key: an orchestrator, a load balancer
 POLLED = ("/health", "/ready", "/metrics", "/live")  # logged when they fail
 PROBED = ("/health", "/ready")  # by supervisors, which hold no key: a word on the state, and nothing else
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
