@@ -399,10 +399,10 @@ def test_a_guided_request_may_end_while_its_step_is_under_way(monkeypatch):
     llm._add(["There was"], [SamplingParams(max_tokens=40, ignore_eos=True, seed=1)])  # keeps two steps in flight
     ids = llm._add(["Once upon"], [SamplingParams(max_tokens=30, structured_outputs=guided, seed=1)])
     while not any(step.masks is not None for step in llm.engine._launched):
-        llm._step()
+        llm._step(())
     llm._abort(ids)
     while llm.engine.has_unfinished:
-        llm._step()
+        llm._step(())
     stops = [SamplingParams(max_tokens=30, structured_outputs=guided, seed=seed, stop=["e"]) for seed in range(6)]
     outputs = llm.generate(["Once upon"] * 6, stops, use_tqdm=False)
     assert {output.outputs[0].finish_reason for output in outputs} <= {"stop", "length"}
