@@ -603,6 +603,7 @@ BAD = [
     ("/v1/responses", {"input": [{"role": "user"}]}, 400, "input"),
     ("/v1/responses", {"input": [{"type": "function_call_output", "call_id": "c", "output": 5}]}, 400, "input"),
     ("/v1/responses", {"input": [{"type": "function_call", "name": 5, "arguments": "{}"}]}, 400, "input"),
+    ("/v1/responses", {"input": "a " * 5000}, 400, "input"),
     ("/v1/responses", {"input": "a", "max_output_tokens": 0}, 400, "max_output_tokens"),
     ("/tokenize", {}, 400, "prompt"),
     ("/detokenize", {"tokens": [-1]}, 400, "tokens"),

@@ -178,14 +178,9 @@ def _own_names() -> Iterator[None]:
         yield
     except ApiError as error:
         message = _CHAT_NAME.sub(lambda match: _OWN_NAMES[match[1]], error.message)
-        param = _OWN_NAMES.get(error.param or "", error.param)
-        raise ApiError(
-            error.status,
-            message,
-            param=None if param is None else param.split(".")[0],
-            code=error.code,
-            headers=error.headers,
-        ) from None
+        param = "input" if error.param == "prompt" else _OWN_NAMES.get(error.param or "", error.param)
+        field = None if param is None else param.split(".")[0]
+        raise ApiError(error.status, message, param=field, code=error.code, headers=error.headers) from None
 
 
 class ResponsesCall(ChatCall):
