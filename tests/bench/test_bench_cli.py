@@ -43,6 +43,13 @@ def test_a_client_needs_no_torch(server):
     assert loaded == ["numpy"]
 
 
+def test_serving_has_the_name_that_it_has_in_vllm_too(server, capsys):
+    command, _, *arguments = serve_bench(server)
+    assert main([command, "serve", *arguments]) == 0
+    assert main(["bench", "serve", "--request-rate", "0"]) == 2
+    assert "--request-rate 0.0 must be above 0" in capsys.readouterr().err
+
+
 def test_a_sweep_writes_what_tools_of_vllm_read(server, tmp_path, capsys):
     options = ["--request-rate", "500", "inf", "--goodput", "e2el:60000", "--result-dir", str(tmp_path / "r")]
     more = ["--output", str(tmp_path / "all.json"), "--save-detailed", "--metric-percentiles", "25,99"]
@@ -100,7 +107,6 @@ def unused_url():
 
 def test_no_server(capsys):
     assert main(["bench", "serving", "--base-url", unused_url()]) == 2
-    assert main(["bench", "serve", "--base-url", unused_url()]) == 2  # vLLM's name of it
     assert "no server answers at http://127.0.0.1" in capsys.readouterr().err
 
 

@@ -132,26 +132,24 @@ def test_chat_forgets_what_does_not_fit(capsys, fake, monkeypatch):
     assert len(fake[0].conversations[1]) == 1
 
 
-def test_chat_goes_on_after_a_line_that_cannot_be_answered(capsys, fake, monkeypatch):
-    """Too long, or no UTF-8: said, and forgotten. With -p there is nothing to go on with."""
-    stream = FakeLLM.stream_chat
+def test_chat_goes_on_after_what_it_cannot_take(capsys, fake, monkeypatch):
+    stream_chat = FakeLLM.stream_chat
 
     def refusing(self, messages, params):
-        if not messages[-1]["content"].isascii():
-            raise ValueError("text 0 has a lone surrogate")
-        return stream(self, messages, params)
+        if len(messages[-1]["content"]) > 100:
+            raise ValueError("the prompt has more than max_model_len=100 tokens")
+        return stream_chat(self, messages, params)
 
     monkeypatch.setattr(FakeLLM, "stream_chat", refusing)
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\n\xff\ntwo\n"), encoding="utf-8"))
+    said = b"one\n" + b"a" * 200 + b"\nbad \xff byte\ntwo\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(said), encoding="utf-8"))
     code, out, err = run(capsys, "chat")
     assert (code, out) == (0, " ONE\n TWO\n")
-    assert "error: text 0 has a lone surrogate" in err
+    assert "evenflow: error: the prompt has more than max_model_len=100 tokens\n" in err
+    assert "evenflow: error: the message is not valid UTF-8; say it again\n" in err
+    assert "forgotten" not in err
     assert [message["content"] for message in fake[0].conversations[-1]] == ["one", " ONE", "two"]
-    assert run(capsys, "chat", "-p", "\udcff")[0] == 2
-
-
-def test_chat_has_one_answer(capsys, fake):
-    assert run(capsys, "chat", "--n", "2")[0] == 2
+    assert run(capsys, "chat", "-p", "a" * 200)[0] == 2
 
 
 def test_ctrl_c_stops_the_answer_only(capsys, fake, monkeypatch):
@@ -190,9 +188,12 @@ def test_one_message(capsys, fake):
         (["generat", "x"], "unknown command 'generat'; did you mean generate?"),
         (["--verison"], "unknown option --verison; did you mean --version?"),
         (["bench", "ablation", "--output-dir", "x"], "unknown option --output-dir, which another kind of it takes"),
+        (["zzz"], "unknown command 'zzz'. Commands are generate, chat"),
+        (["chat", "--n", "2"], "unknown option --n"),
         (["plan"], "required: MODEL"),
+        (["plan", "llama-2-7b", "--gpu", ""], "GPU '' is not listed. Known are a100-80gb"),
+        (["plan", "llama-2-7b", "--gpu", "zzzz"], "GPU 'zzzz' is not listed. Known are a100-80gb"),
         (["plan", "llama-2-7b", "--gpu", "mi21"], "GPU 'mi21' is not listed; did you mean mi210?"),
-        (["plan", "llama-2-7b", "--gpu", ""], "GPU '' is not listed. Known are "),
         (["plan", "nonsense"], "'nonsense' does not exist"),
         (["plan", "llama-2-7b", "--gpu", "a100", "--max-model-len", "9999"], "exceeds the model's context of 4096"),
         (["plan", "qwen2.5-7b", "--gpu", "a100", "--gpus", "8"], "--gpus 8 must divide the model's 28"),

@@ -37,8 +37,6 @@ def test_names(name, key):
 def test_an_unknown_name_gets_the_nearest():
     with pytest.raises(ValueError, match="GPU 'mi300' is not listed; did you mean mi300[ax]?"):
         find_specs("mi300")
-    with pytest.raises(ValueError, match=r"GPU 'zzzzzz' is not listed\. Known are "):
-        find_specs("zzzzzz")
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser, chosen = make_parser(command)
     if command is not None and chosen is None:
         near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         parser.error(f"unknown command {command!r}{hint} Commands are {', '.join(COMMANDS)}")
     args, unknown = parser.parse_known_args(argv)
     if unknown:

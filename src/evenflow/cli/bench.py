@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evenflow.cli.bench_options import ADD_OPTIONS, KINDS
+from evenflow.cli.bench_options import ADD_OPTIONS, ALIASES, KINDS
 from evenflow.cli.options import given
 
 if TYPE_CHECKING:
@@ -315,7 +315,6 @@ def _write(path: Path | None, record: dict[str, Any], *, is_told: bool = True) -
         print(f"written: {path}")
 
 
-ALIASES = {"serving": ("serve",)}  # as vLLM calls it
 _RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     "throughput": _run_throughput,
     "latency": _run_latency,

@@ -218,3 +218,4 @@ ADD_OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "ablation": _add_ablation,
     "startup": _add_startup,
 }
+ALIASES = {"serving": ("serve",)}  # vLLM's name

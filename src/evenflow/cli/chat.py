@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--message", "-p", metavar="TEXT", help="say this, print the answer, and end")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument("--verbose", action="store_true", help="also say what the memory goes to")
-    add_sampling_options(parser, leave_out=("n",))  # one answer is shown
+    add_sampling_options(parser, leave_out=("n",))  # a conversation goes on with one answer
     add_engine_options(parser, leave_out=("seed",))  # --seed is the request's
 
 
@@ -38,10 +38,10 @@ def run(args: argparse.Namespace) -> int:
     conversation = Conversation(llm, llm.default_sampling_params().replace(**wanted), args.system)
     if args.message is not None:
         return conversation.say(args.message)
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused as such, and it alone
     if sys.stdin.isatty():
         say(f"{config.model}: say something. {COMMANDS}")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a byte that is not UTF-8 spoils its line, not the rest
     while (text := read_line()) is not None:
         if text in ("/exit", "/quit"):
             break
@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
         elif text:
             try:
                 conversation.say(text)
-            except ValueError as error:  # too long, say: the conversation goes on without it
-                say(f"error: {error}")
+            except ValueError as error:
+                say(f"evenflow: error: {error}")
     return 0
 
 
@@ -80,9 +80,12 @@ class Conversation:
         self.messages = []
 
     def say(self, text: str) -> int:
-        """Add the user's message, print the answer as it comes, remember both."""
-        self.messages.append({"role": "user", "content": text})
-        self._forget_what_does_not_fit()
+        """Add the user's message, print the answer as it comes, remember both.
+
+        Raises ValueError for what cannot be said, and then remembers what it did before.
+        """
+        before = list(self.messages)
+        self.messages.append({"role": "user", "content": _checked(text)})
         answer = ""
 
         def remembered() -> Iterator["RequestOutput"]:
@@ -92,22 +95,33 @@ class Conversation:
                 yield output
 
         try:
+            self._forget_what_does_not_fit()
             code = follow(remembered())
         except KeyboardInterrupt:
             print(" [stopped]", file=sys.stderr)
             code = 130
         except ValueError:
-            self.messages.pop()
+            self.messages = before
             raise
         self.messages.append({"role": "assistant", "content": answer})
         return code
 
     def _forget_what_does_not_fit(self) -> None:
         """Drop the oldest exchanges until at least a quarter of the context is left for the answer."""
-        limit = self.llm.settings.max_model_len * 3 // 4
-        num_forgotten = 0
+        context = self.llm.settings.max_model_len
+        limit, num_forgotten = context * 3 // 4, 0
+        if len(self.llm.tokenizer.encode_chat(self.system + self.messages[-1:])) >= context:
+            return  # the last message alone leaves no room: it is refused, and that is no reason to forget
         while len(self.messages) > 2 and len(self.llm.tokenizer.encode_chat(self.system + self.messages)) > limit:
             del self.messages[:2]
             num_forgotten += 1
         if num_forgotten:
             say(f"[the {num_forgotten} oldest exchanges no longer fit the context and are forgotten]")
+
+
+def _checked(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the message is not valid UTF-8; say it again") from None
+    return text

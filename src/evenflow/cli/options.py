@@ -66,7 +66,7 @@ def _default_text(field: "dataclasses.Field[Any]") -> str:
     return "" if default is None or "default" in field.metadata["help"] else f" (default: {default})"
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = ()) -> None:
+def add_sampling_options(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = ()) -> None:
     group = parser.add_argument_group("sampling (default: what the model's generation_config.json says)")
     for name, kind, metavar, text in SAMPLING:
         if name in leave_out:

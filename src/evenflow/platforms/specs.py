@@ -74,8 +74,8 @@ def find_specs(name: str) -> Specs:
     if (wanted := normalized(name)) in names:
         return names[wanted]
     near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.5)
-    hint = f"; did you mean {names[near[0]].key}?" if near else ""
-    raise ValueError(f"GPU {name!r} is not listed{hint or '.'} Known are {', '.join(all_specs())}")
+    hint = f"; did you mean {names[near[0]].key}?" if near else "."
+    raise ValueError(f"GPU {name!r} is not listed{hint} Known are {', '.join(all_specs())}")
 
 
 def match_device(device_name: str) -> Specs | None:
