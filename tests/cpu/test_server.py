@@ -605,6 +605,7 @@ BAD = [
     ("/v1/responses", {"input": [{"type": "function_call", "name": 5, "arguments": "{}"}]}, 400, "input"),
     ("/v1/responses", {"input": "a " * 5000}, 400, "input"),
     ("/v1/responses", {"input": "a", "max_output_tokens": 0}, 400, "max_output_tokens"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "so " * 9000}]}, 400, "messages"),
     ("/tokenize", {}, 400, "prompt"),
     ("/detokenize", {"tokens": [-1]}, 400, "tokens"),
     ("/detokenize", {"tokens": [99999999]}, 400, "tokens"),

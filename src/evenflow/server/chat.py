@@ -64,14 +64,19 @@ class ChatCall:
             raise bad_request(error) from None
         prompt: dict[str, Any] = {"prompt_token_ids": token_ids}
         name = body.structure_name()
-        return await front.open(
-            [prompt],
-            self.params,
-            streaming=bool(body.stream),
-            cache_salt=body.cache_salt,
-            structure_name=name or "tools",
-            structure_parts=self.tools.structure_parts if name is None else tuple,
-        )
+        try:
+            return await front.open(
+                [prompt],
+                self.params,
+                streaming=bool(body.stream),
+                cache_salt=body.cache_salt,
+                structure_name=name or "tools",
+                structure_parts=self.tools.structure_parts if name is None else tuple,
+            )
+        except ApiError as error:
+            if error.param == "prompt":  # which was made of them
+                error.param = "messages"
+            raise
 
     def _encode(self) -> list[int]:
         return encode_messages(self.front.tokenizer, self.body, self.body.messages, self.tools.for_template)
