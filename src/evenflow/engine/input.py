@@ -183,9 +183,12 @@ class InputProcessor:
 
 
 def _child_params(params: SamplingParams, index: int, seed: int) -> SamplingParams:
-    """Child 0 keeps the seed, and is the only one that computes the prompt's log-probabilities."""
+    """Child 0 keeps the seed, and alone computes the prompt's log-probabilities. params: our own copy."""
+    if params.n == 1:
+        params.seed = seed
+        return params
     if index == 0:
-        return params if params.n == 1 and params.seed is not None else params.replace(n=1, seed=seed)
+        return params.replace(n=1, seed=seed)
     return params.replace(n=1, seed=derive_seed(seed, index), prompt_logprobs=None)
 
 
