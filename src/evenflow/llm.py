@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from typing import Any
 
@@ -224,9 +224,15 @@ class LLM:
 
     def _step(self, own: Container[str]) -> list[RequestOutput]:
         """A step for everybody. Returns what it brought to `own` requests; for others that is kept until they ask."""
-        try:
+        with self._stepping():
             return self._take(self.engine.step(), own)
-        except BaseException:  # what this step brought is lost, so nobody may wait for it
+
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
+        """What a step brought is lost if it is interrupted: then nobody may wait for it."""
+        try:
+            yield
+        except BaseException:
             self._abort(self._outputs.live_ids())
             raise
 
@@ -272,18 +278,23 @@ class LLM:
             self.engine.add(request)
         own = {request.request_id for request in requests}
         found: dict[str, list[tuple[int, float]]] = {}
-        while len(found) < len(requests):
-            deltas = self.engine.step()
-            self._take([delta for delta in deltas if delta.request_id not in own], ())  # of streams that are open
-            for delta in deltas:
-                if delta.request_id not in own:
-                    continue
-                if delta.finish_reason is FinishReason.ERROR:
-                    self.engine.abort(request.request_id for request in requests)
-                    raise RuntimeError(f"beam search failed: {delta.error}")
-                assert delta.logprobs is not None
-                entry = delta.logprobs[0]
-                found[delta.request_id] = list(zip(entry.token_ids[1:], entry.logprobs[1:], strict=True))
+        try:
+            while len(found) < len(requests):
+                with self._stepping():
+                    deltas = self.engine.step()
+                    self._take(
+                        [delta for delta in deltas if delta.request_id not in own], ()
+                    )  # of streams that are open
+                for delta in deltas:
+                    if delta.request_id not in own:
+                        continue
+                    if delta.finish_reason is FinishReason.ERROR:
+                        raise RuntimeError(f"beam search failed: {delta.error}")
+                    assert delta.logprobs is not None
+                    entry = delta.logprobs[0]
+                    found[delta.request_id] = list(zip(entry.token_ids[1:], entry.logprobs[1:], strict=True))
+        finally:
+            self.engine.abort(own)
         return [found[request.request_id] for request in requests]
 
 

@@ -530,19 +530,19 @@ def test_calls_within_a_stream_leave_each_its_own(demo):
     assert not demo._kept
 
 
-def test_an_interrupted_call_within_a_stream_ends_the_stream(demo, monkeypatch):
+@pytest.mark.parametrize("call", ["generate", "beam_search"])
+def test_an_interrupted_call_within_a_stream_ends_the_stream(demo, monkeypatch, call):
     """What the interrupted step brought to it is lost, so it must not wait for that."""
-    step = demo.engine.step
     stream = demo.stream("Once upon a time", SamplingParams(max_tokens=50, ignore_eos=True))
     next(stream)
 
     def interrupted():
-        step()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo.engine, "step", interrupted)
+    params = SamplingParams() if call == "generate" else BeamSearchParams(beam_width=2)
     with pytest.raises(KeyboardInterrupt):
-        demo.generate("There was once a fox")
+        getattr(demo, call)("There was once a fox", params)
     monkeypatch.undo()
     assert list(stream) == []
     assert not demo.engine.has_unfinished

@@ -1,12 +1,11 @@
 """A start compiles all that plain steps launch: recorded on tensors without memory that pass for a GPU's."""
 
 import json
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from pkgutil import iter_modules
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -20,8 +19,9 @@ from evenflow.config import EngineConfig, resolve
 from evenflow.distributed import TensorParallel, local_view
 from evenflow.engine import building
 from evenflow.kernels import language, self_check
-from evenflow.kernels.self_check import FEW_ROWS, PLANNED_ROWS, CheckedShape, all_checks
-from evenflow.kernels.specializations import Specialization, _identity, _Recorder, replaced_kernels
+from evenflow.kernels.linear import FEW_ROWS
+from evenflow.kernels.self_check import PLANNED_ROWS, CheckedShape, all_checks
+from evenflow.kernels.specializations import Specialization, _identity, record
 from evenflow.layers.loading import Placement
 from evenflow.model_config import ModelConfig
 from evenflow.models import make_model
@@ -54,17 +54,14 @@ class NoMemory:
         return torch.zeros(*shape, dtype=dtype)
 
 
-def recorded(work: Callable[[], object]) -> dict[tuple[object, ...], Specialization]:
+def recorded(work: Callable[[], object], modules: Sequence[ModuleType] = MODULES) -> dict[object, Specialization]:
     """What the kernels that `work` launches are compiled to."""
-    made: list[Specialization] = []
-    with ExitStack() as stack:
-        for module in MODULES:
-            stand_in = partial(
-                lambda path, name, kernel: _Recorder(f"{path}:{name}", kernel, "", made), module.__name__
-            )
-            stack.enter_context(replaced_kernels(module, stand_in))
+    if not modules:
         work()
-    return {_identity(one): one for one in made}
+        return {}
+    found: dict[object, Specialization] = {}
+    made = record(modules[0], "", lambda: found.update(recorded(work, modules[1:])))
+    return found | {_identity(one): one for one in made}
 
 
 @pytest.fixture(params=["sm_90", "sm_80", "gfx942"])

@@ -32,6 +32,7 @@ from evenflow.kernels.tuning import FewRowTile, few_row_tiles, own_product_rows,
 ALIGNED = 8  # 16-bit elements of an access of 16 bytes
 _LINE = tl.constexpr(64)  # 16-bit elements of a cache line of 128 bytes
 MIN_ROWS = 16  # of a tile, which is what matrix units take
+FEW_ROWS = (16, 32, 64)  # what a few rows are padded to
 MIN_STEPS = 4  # of a program over K: fewer do not pay for its beginning and its end
 NUM_SPLITS = (4, 2, 1)
 MAX_SUMS = 1 << 20  # float32 of the splits of one product: 4 MiB

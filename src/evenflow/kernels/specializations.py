@@ -109,7 +109,6 @@ MODELS = (
 # Rows of a step: a few and many, neither divisible by 16, which is the general case.
 NUM_ROWS = (3, 257)
 NUM_TOKENS = 515
-FEW_ROWS = (16, 32, 64)  # of a product: what fewer rows are padded to
 NUM_UPDATES = 7
 MAX_FLOAT32_HEAD = 128  # larger ones would spill on gfx11 and gfx12, and no model that we know asks for them
 MAX_MODEL_LEN = 8192
@@ -200,7 +199,7 @@ def _of_products(model: ModelShape, dtype: torch.dtype, arch: str, name: str) ->
     for what, shape in weights.items():
         x, weight, gated = empty(1, shape[1], dtype=dtype), empty(*shape, dtype=dtype), what == "gate-up"
         yield from record(linear, f"{name}-{what}", partial(linear.launch_linear, x, weight, gated=gated, arch=arch))
-        for num_rows in FEW_ROWS:
+        for num_rows in linear.FEW_ROWS:
             if linear.few_row_launch(arch, num_rows, *shape) is not None:
                 x = empty(num_rows, shape[1], dtype=dtype)
                 launch = partial(linear.launch_few_row_linear, x, weight, gated=gated, arch=arch)
