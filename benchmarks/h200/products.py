@@ -1,15 +1,21 @@
 """The matrix products of a layer, as cuBLASLt or hipBLASLt do them, and as the engine: time, and fraction of the limit.
 
     python benchmarks/h200/products.py [--models llama-2-7b llama-3.1-8b] [--out products.json]
+    python benchmarks/h200/products.py --sizes     # a layer's together, at many numbers of rows
 
 Weights take turns, so that none is found in the cache of the GPU; launches are replayed as a graph. The engine's own
 kernels are timed where it takes them (kernels/linear.py).
+
+--sizes: by the library alone, as the engine calls it above 64 rows. Marked are numbers of rows at which no larger one
+is faster: what steps of decode rows are padded to (runner/graphs.py) is chosen from them.
 """
 
 import argparse
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +25,12 @@ from torch import Tensor
 
 from evenflow.kernels.language import current_arch
 from evenflow.kernels.linear import linear
-from evenflow.kernels.tuning import own_product_rows
+from evenflow.kernels.tuning import adding_product_rows, own_product_rows
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
 ROWS = (1, 4, 16, 32, 64, 128, 192, 256, 512, 1024, 2048, 8192)
+SIZES = (*range(72, 256, 8), *range(256, 1025, 16))
 
 
 def products(model: str) -> dict[str, tuple[int, int]]:
@@ -63,16 +70,53 @@ def seconds(rows: int, out_features: int, in_features: int, product: Product = F
     return start.elapsed_time(end) / 1e3 / repeats / count
 
 
+def added(x: Tensor, weight: Tensor) -> Tensor:
+    """A product that is added to the residual in place."""
+    return residual_like(x.shape[0], weight.shape[0]).addmm_(x, weight.t())
+
+
+@cache
+def residual_like(rows: int, features: int) -> Tensor:
+    return torch.zeros(rows, features, device="cuda", dtype=torch.bfloat16)
+
+
+def layer_seconds(model: str, rows: int) -> float:
+    """The products of one layer."""
+    total = 0.0
+    for name, (out_features, in_features) in products(model).items():
+        if name != "head":
+            is_added = name in ("o", "down") and rows >= adding_product_rows(current_arch())
+            total += seconds(rows, out_features, in_features, added if is_added else F.linear)
+    return total
+
+
+def measure_sizes(model: str) -> list[dict[str, Any]]:
+    """Of each number of rows, by size: a layer's time, and whether it is no more than that of any larger number."""
+    found: list[dict[str, Any]] = [
+        {"model": model, "rows": rows, "layer_us": layer_seconds(model, rows) * 1e6} for rows in SIZES
+    ]
+    least = float("inf")
+    for cell in reversed(found):
+        cell["is_least"] = cell["layer_us"] <= least
+        least = min(least, cell["layer_us"])
+    print(model, *(f"{cell['rows']}:{cell['layer_us']:.0f}us{'*' * cell['is_least']}" for cell in found), flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["llama-2-7b", "llama-3.1-8b"], choices=list(SHAPES))
+    parser.add_argument("--sizes", action="store_true", help="a layer's products together, by number of rows")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU here")
     peak = ceilings()
-    results = []
+    results: list[dict[str, Any]] = []
     for model in args.models:
+        if args.sizes:
+            results += measure_sizes(model)
+            continue
         for name, (out_features, in_features) in products(model).items():
             cells = []
             for rows in ROWS:

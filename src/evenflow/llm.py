@@ -14,6 +14,7 @@ from evenflow.engine.building import build_engine
 from evenflow.engine.input import InputProcessor, Prompt, prompt_text
 from evenflow.engine.opening import open_model, resolve_settings
 from evenflow.engine.output import OutputProcessor
+from evenflow.garbage import only_new_objects
 from evenflow.progress import GenerationProgress
 from evenflow.request import FinishReason, Request, RequestDelta, RequestOutput
 from evenflow.sampling_params import BeamSearchParams, SamplingParams
@@ -256,6 +257,12 @@ class LLM:
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], show_progress: bool
     ) -> list[RequestOutput]:
         """Run to the end. Whatever interrupts it, nothing of these requests stays behind."""
+        with only_new_objects():
+            return self._run_all(prompts, params, show_progress)
+
+    def _run_all(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], show_progress: bool
+    ) -> list[RequestOutput]:
         request_ids = self._add(prompts, params)
         own = set(request_ids)
         finished: dict[str, RequestOutput] = {}

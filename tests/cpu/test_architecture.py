@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "sampling_params",
     },
     "engine": {
+        "garbage",
         "scheduler",
         "request",
         "sampling_params",
@@ -55,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "beam_search": {"sampling_params"},
     "llm": {
+        "garbage",
         "engine",
         "beam_search",
         "progress",
@@ -65,6 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer",
     },
     "server": {
+        "garbage",
         "engine",
         "request",
         "sampling_params",

@@ -375,7 +375,7 @@ def test_padded_sizes_cover_every_step():
         size, rows, longest, _ = graphs.padded(Sizes(num_rows, num_rows, 1))
         assert size == rows >= num_rows
         assert longest == 1
-        assert size - num_rows <= max(8, num_rows / 4)
+        assert size - num_rows <= max(8, 0.3 * num_rows)
     for num_tokens in range(2, 2049):
         size, rows, longest, _ = graphs.padded(Sizes(num_tokens, min(num_tokens - 1, 300), num_tokens))
         assert size >= num_tokens

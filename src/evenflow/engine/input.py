@@ -216,6 +216,8 @@ def _content_of(prompt: Prompt) -> str | list[int]:
             f"a prompt is a string, a list of token ids, {{'prompt': ...}} or {{'prompt_token_ids': ...}}, "
             f"not {type(content).__name__}"
         )
+    if set(map(type, content)) == {int}:  # takes a quarter of the time of what follows
+        return list(content)
     return [int(token_id) if isinstance(token_id, np.integer) else token_id for token_id in content]
 
 

@@ -39,6 +39,7 @@ from evenflow.engine.opening import open_model, resolve_settings
 from evenflow.engine.parent import end_with_parent
 from evenflow.engine.rank_error import RankError
 from evenflow.engine.stats import block_map
+from evenflow.garbage import only_new_objects
 from evenflow.request import FinishReason, RequestDelta
 
 logger = logging.getLogger("evenflow.engine")
@@ -172,7 +173,8 @@ def serve(channel: Channel, server_type: Callable[[Engine, Channel], EngineServe
         channel.send(Failed(str(error), is_bad_input=False))
         return 1
     try:
-        server_type(built.engine, channel).run()
+        with only_new_objects():
+            server_type(built.engine, channel).run()
     except ParentGone:
         raise
     except RankError as error:

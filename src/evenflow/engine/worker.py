@@ -30,6 +30,7 @@ from evenflow.engine.rank_messages import (
     encode_frame,
     receive_for_rank,
 )
+from evenflow.garbage import only_new_objects
 from evenflow.request import StepResult
 from evenflow.runner.device_runner import DeviceRunner
 from evenflow.runner.making import make_runner
@@ -83,7 +84,8 @@ def run(plans: socket.socket, control: socket.socket, progress: Progress) -> Non
     progress.tp = join(start.rank, start.size, start.address, device, deadline_s=start.deadline_s)
     runner = make_runner(start.settings, start.model_config, Path(start.directory), progress.tp)
     _send(control, RankReady())
-    serve(runner, plans, progress, lag_of(runner))
+    with only_new_objects():
+        serve(runner, plans, progress, lag_of(runner))
     runner.close()
     leave()
 

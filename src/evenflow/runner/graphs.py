@@ -37,14 +37,19 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def decode_sizes(max_num_seqs: int) -> list[int]:
-    """Rows of steps in which every row is one token: padding is at most 8 rows, or a quarter.
+# Rows above 64 that steps of decode rows are padded to: where a layer's products are no slower than with more rows (of
+# LLaMA 2 7B and Llama 3 8B on H200s: benchmarks/h200/products.py --sizes). The library is not steady: those of the 8B
+# take 271 us for 432 rows, 409 for 448 and 300 for 512.
+_PRODUCT_SIZES = (
+    72, 88, 104, 128, 152, 184, 200, 256, 304, 320, 368, 384, 432, 480, 512, 544, 592, 640, 688, 720, 768, 816, 848,
+    880, 944,
+)  # fmt: skip
 
-    Few above 176: the libraries' products are often faster at a larger size (on one GPU 66 us at 256 rows, 90 at 240).
-    """
-    sizes = [1, 2, 4, *range(8, 129, 8), 144, 160, 176, 208, 256, 288, 320, 384, 480, *range(512, 641, 64), 768, 896]
+
+def decode_sizes(max_num_seqs: int) -> list[int]:
+    """Rows of steps in which every row is one token."""
     largest = min(max_num_seqs, MAX_DECODE_ROWS)
-    return [size for size in sizes if size < largest] + [largest]
+    return [size for size in (1, 2, 4, *range(8, 65, 8), *_PRODUCT_SIZES) if size < largest] + [largest]
 
 
 def mixed_sizes() -> list[int]:

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 from evenflow.config import EngineConfig
 from evenflow.engine.client import EngineClient, EngineDeadError
 from evenflow.engine.opening import open_model
+from evenflow.garbage import only_new_objects
 from evenflow.server.app import make_app
 from evenflow.server.config import ServerConfig
 from evenflow.server.front import Front, State, drained
@@ -99,11 +100,12 @@ class Life:
         front.metrics.engine_up(True)
         front.state = State.READY
         self._say_ready()
-        dying = asyncio.create_task(front.client.wait_dead())
-        await asyncio.wait((dying, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if dying.done():
-            return self._died(dying.result())
-        return await self._drain()
+        with only_new_objects():
+            dying = asyncio.create_task(front.client.wait_dead())
+            await asyncio.wait((dying, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if dying.done():
+                return self._died(dying.result())
+            return await self._drain()
 
     def _say_ready(self) -> None:
         host, port = self._listener.getsockname()[:2]
