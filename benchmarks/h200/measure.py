@@ -11,11 +11,14 @@ warms up on part of the work first.
 import argparse
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -106,12 +109,14 @@ def measure(
         run(prompts[:300], outputs[:300].tolist(), 1.0)
         found["throughput"] = []
         for _ in range(repeats):
-            seconds = run(prompts, outputs.tolist(), 1.0)
+            with watched_power() as power:
+                seconds = run(prompts, outputs.tolist(), 1.0)
             found["throughput"].append(
                 {
                     "s": seconds,
                     "total_tokens_per_s": total / seconds,
                     "output_tokens_per_s": int(outputs.sum()) / seconds,
+                    **power,
                 }
             )
             print("throughput", found["throughput"][-1], flush=True)
@@ -122,6 +127,30 @@ def measure(
     if "prefill" in parts:
         found["prefill"] = [prefill(run, vocab_size, *shape) for shape in PREFILL_GRID]
         save()
+
+
+@contextmanager
+def watched_power() -> Iterator[dict[str, float]]:
+    """Filled at the end: watts and clock of the multiprocessors, as means of samples, beside the most there can be.
+
+    Of the first GPU; nothing where nvidia-smi is not found.
+    """
+    found: dict[str, float] = {}
+    if which("nvidia-smi") is None:
+        yield found
+        return
+    fields = {"watts": "power.draw", "sm_mhz": "clocks.sm", "limit_watts": "power.limit", "max_sm_mhz": "clocks.max.sm"}
+    query = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader,nounits"]
+    with subprocess.Popen([*query, "-lms", "200"], stdout=subprocess.PIPE, text=True) as sampler:
+        try:
+            yield found
+        finally:
+            sampler.terminate()
+        assert sampler.stdout is not None
+        lines = sampler.stdout.read().split("\n")[:-1]  # the last may be cut off
+    for name, cells in zip(fields, zip(*(line.split(", ") for line in lines), strict=True), strict=False):
+        with suppress(ValueError):  # "[N/A]"
+            found[name] = round(mean(map(float, cells)), 1)
 
 
 def decode(run: Run, vocab_size: int, batch: int, context: int) -> dict[str, Any]:

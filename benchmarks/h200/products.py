@@ -6,6 +6,8 @@
 Weights take turns, so that none is found in the cache of the GPU; launches are replayed as a graph. The engine's own
 kernels are timed where it takes them (kernels/linear.py).
 
+--sustained: bursts of some ms are faster than what a card keeps up: under its power limit clocks fall.
+
 --sizes: by the library alone, as the engine calls it above 64 rows. Marked are numbers of rows at which no larger one
 is faster: what steps of decode rows are padded to (runner/graphs.py) is chosen from them.
 """
@@ -48,7 +50,10 @@ def products(model: str) -> dict[str, tuple[int, int]]:
     }
 
 
-def seconds(rows: int, out_features: int, in_features: int, product: Product = F.linear) -> float:
+def seconds(
+    rows: int, out_features: int, in_features: int, product: Product = F.linear, *, sustained_s: float = 0.0
+) -> float:
+    """One launch. sustained_s: of the second half of so many seconds, in which the card comes to its power limit."""
     count = max(2, 400_000_000 // (2 * out_features * in_features))
     weights = [torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(count)]
     x = torch.randn(rows, in_features, device="cuda", dtype=torch.bfloat16)
@@ -60,14 +65,22 @@ def seconds(rows: int, out_features: int, in_features: int, product: Product = F
         for weight in weights:
             product(x, weight)
     graph.replay()
-    repeats = 10
+    found = _replay_seconds(graph, 10)
+    if sustained_s:
+        repeats = max(10, round(sustained_s / 2 / found))
+        _replay_seconds(graph, repeats)
+        found = _replay_seconds(graph, repeats)
+    return found / count
+
+
+def _replay_seconds(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(repeats):
         graph.replay()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3 / repeats / count
+    return start.elapsed_time(end) / 1e3 / repeats
 
 
 def added(x: Tensor, weight: Tensor) -> Tensor:
@@ -80,20 +93,20 @@ def residual_like(rows: int, features: int) -> Tensor:
     return torch.zeros(rows, features, device="cuda", dtype=torch.bfloat16)
 
 
-def layer_seconds(model: str, rows: int) -> float:
+def layer_seconds(model: str, rows: int, sustained_s: float) -> float:
     """The products of one layer."""
     total = 0.0
     for name, (out_features, in_features) in products(model).items():
         if name != "head":
             is_added = name in ("o", "down") and rows >= adding_product_rows(current_arch())
-            total += seconds(rows, out_features, in_features, added if is_added else F.linear)
+            total += seconds(rows, out_features, in_features, added if is_added else F.linear, sustained_s=sustained_s)
     return total
 
 
-def measure_sizes(model: str) -> list[dict[str, Any]]:
+def measure_sizes(model: str, sustained_s: float) -> list[dict[str, Any]]:
     """Of each number of rows, by size: a layer's time, and whether it is no more than that of any larger number."""
     found: list[dict[str, Any]] = [
-        {"model": model, "rows": rows, "layer_us": layer_seconds(model, rows) * 1e6} for rows in SIZES
+        {"model": model, "rows": rows, "layer_us": layer_seconds(model, rows, sustained_s) * 1e6} for rows in SIZES
     ]
     least = float("inf")
     for cell in reversed(found):
@@ -107,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["llama-2-7b", "llama-3.1-8b"], choices=list(SHAPES))
     parser.add_argument("--sizes", action="store_true", help="a layer's products together, by number of rows")
+    parser.add_argument("--sustained", type=float, default=0.0, metavar="SECONDS", help="run each product for so long")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -115,21 +129,21 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     for model in args.models:
         if args.sizes:
-            results += measure_sizes(model)
+            results += measure_sizes(model, args.sustained)
             continue
         for name, (out_features, in_features) in products(model).items():
             cells = []
             for rows in ROWS:
                 if name == "head" and rows > 1024:
                     continue
-                s = seconds(rows, out_features, in_features)
+                s = seconds(rows, out_features, in_features, sustained_s=args.sustained)
                 moved = 2 * (out_features * in_features + rows * (out_features + in_features))
                 flops = 2 * rows * out_features * in_features
                 limit = max(moved / peak["copy_bytes_per_s"], flops / peak["bf16_flops"])
                 found = {"model": model, "product": name, "rows": rows, "us": s * 1e6, "of_limit": limit / s}
                 cells.append(f"{rows}:{s * 1e6:.1f}us({limit / s:.2f})")
                 if rows <= own_product_rows(current_arch()):
-                    ours = seconds(rows, out_features, in_features, linear)
+                    ours = seconds(rows, out_features, in_features, linear, sustained_s=args.sustained)
                     found |= {"engine_us": ours * 1e6, "engine_of_limit": limit / ours}
                     cells[-1] += f" engine:{ours * 1e6:.1f}us({limit / ours:.2f})"
                 results.append(found)
