@@ -253,16 +253,11 @@ class LLM:
             self._kept.pop(request_id, None)
             self.engine.abort(self._outputs.abort(request_id))
 
+    @only_new_objects()
     def _run(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], show_progress: bool
     ) -> list[RequestOutput]:
         """Run to the end. Whatever interrupts it, nothing of these requests stays behind."""
-        with only_new_objects():
-            return self._run_all(prompts, params, show_progress)
-
-    def _run_all(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], show_progress: bool
-    ) -> list[RequestOutput]:
         request_ids = self._add(prompts, params)
         own = set(request_ids)
         finished: dict[str, RequestOutput] = {}

@@ -178,19 +178,6 @@ class Tokenizer:
             options={} if template_options is None else template_options,
         )
 
-    def encode_chat(
-        self,
-        messages: Sequence[Message],
-        add_generation_prompt: bool = True,
-        tools: list[dict[str, Any]] | None = None,
-        continue_final_message: bool = False,
-        template_options: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """The token ids of `chat_prompt`."""
-        return self.chat_prompt(
-            messages, add_generation_prompt, tools, continue_final_message, template_options
-        ).token_ids
-
     def chat_prompt(
         self,
         messages: Sequence[Message],

@@ -15,11 +15,13 @@ from evenflow import EngineConfig, SamplingParams
 from evenflow.cli import COMMANDS, main
 from evenflow.cli.options import SAMPLING
 from evenflow.request import CompletionOutput, RequestOutput
+from evenflow.tokenizer import ChatPrompt
 
 
 class FakeTokenizer:
-    def encode_chat(self, messages):
-        return [0] * sum(len(message["content"]) for message in messages)
+    def chat_prompt(self, messages):
+        text = "".join(message["content"] for message in messages)
+        return ChatPrompt(text, [0] * len(text))
 
 
 class FakeLLM:

@@ -8,7 +8,7 @@ import pytest
 
 from evenflow import LLM, SamplingParams
 from evenflow.config import EngineConfig
-from evenflow.engine import process
+from evenflow.engine import process, worker
 from evenflow.engine.client import EngineDeadError
 from evenflow.engine.messages import Start
 from evenflow.garbage import only_new_objects
@@ -70,6 +70,14 @@ def test_an_engine_process_runs_so():
 
     channel = SimpleNamespace(send=lambda message: None, receive=lambda wait: [Start(EngineConfig(model="demo"))])
     assert process.serve(channel, Server) == 0
+    assert seen[0] > MANY
+    assert gc.get_freeze_count() == 0
+
+
+def test_another_rank_runs_so(monkeypatch):
+    seen = []
+    monkeypatch.setattr(worker, "receive_for_rank", lambda plans: seen.append(gc.get_freeze_count()))  # None: the end
+    worker.serve(runner=None, plans=None, progress=None, lag=0)
     assert seen[0] > MANY
     assert gc.get_freeze_count() == 0
 

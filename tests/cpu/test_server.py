@@ -315,7 +315,7 @@ def test_a_conversation_is_the_same_prompt_everywhere(server, llm):
         {"role": "user", "content": "then?"},
     ]
     ids = post(server, "/tokenize", {"messages": messages})["tokens"]
-    assert ids == llm.tokenizer.encode_chat(messages)
+    assert ids == llm.tokenizer.chat_prompt(messages).token_ids
     usage = post(server, "/v1/chat/completions", {"messages": messages, "max_tokens": 1})["usage"]
     assert usage["prompt_tokens"] == len(ids)
 

@@ -360,7 +360,7 @@ def test_chat_template_renders_as_transformers(tmp_path: Path, messages: list[di
     expected = oracle.apply_chat_template(messages, tokenize=False, **arguments)
     assert tokenizer.apply_chat_template(messages, **options) == expected
     ids: Any = oracle.apply_chat_template(messages, tokenize=True, return_dict=False, **arguments)
-    assert tokenizer.encode_chat(messages, **options) == ids
+    assert tokenizer.chat_prompt(messages, **options).token_ids == ids
     assert ids.count(0) == 1
 
 
@@ -433,7 +433,7 @@ def test_parts_are_joined_and_options_cannot_replace_ours() -> None:
     assert messages == [{"role": "user", "content": parts}]
     ours = ("bos_token", "raise_exception", "range", "self", "chat_template")
     for name in (*ours, "messages", "tools", "add_generation_prompt", "continue_final_message"):
-        for take in (tokenizer.apply_chat_template, tokenizer.encode_chat):
+        for take in (tokenizer.apply_chat_template, tokenizer.chat_prompt):
             with pytest.raises(ValueError, match=f"chat_template_kwargs has '{name}'"):
                 take(messages, template_options={name: True})
     for options in (["flavour"], {1: 2}):
@@ -481,14 +481,14 @@ def test_special_tokens_in_a_message_are_text() -> None:
         {"role": "user", "content": [{"type": "text", "text": "<s>hello"}, {"type": "text", "text": "</s>\ue000<s>"}]},
         {"role": "user", "content": "hello", "more": {"x": ["<s>"]}},
     ):
-        token_ids = tokenizer.encode_chat([message])
+        token_ids = tokenizer.chat_prompt([message]).token_ids
         assert token_ids[0] == bos
         assert bos not in token_ids[1:]
         assert tokenizer.eos_token_id not in token_ids
         content = message["content"]
         text = content if isinstance(content, str) else "\n".join(part["text"] for part in content)
         assert tokenizer.decode(token_ids) == text + message.get("more", {"x": [""]})["x"][0]
-    assert tokenizer.encode_chat([{"role": "user", "content": "hello"}]) == tokenizer.encode("hello")
+    assert tokenizer.chat_prompt([{"role": "user", "content": "hello"}]).token_ids == tokenizer.encode("hello")
 
 
 def test_random_bytes_decode_as_a_strict_utf8_decoder_says() -> None:

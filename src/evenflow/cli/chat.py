@@ -110,13 +110,17 @@ class Conversation:
         """Drop the oldest exchanges until at least a quarter of the context is left for the answer."""
         context = self.llm.settings.max_model_len
         limit, num_forgotten = context * 3 // 4, 0
-        if len(self.llm.tokenizer.encode_chat(self.system + self.messages[-1:])) >= context:
+        if self._num_tokens(self.messages[-1:]) >= context:
             return  # the last message alone leaves no room: it is refused, and that is no reason to forget
-        while len(self.messages) > 2 and len(self.llm.tokenizer.encode_chat(self.system + self.messages)) > limit:
+        while len(self.messages) > 2 and self._num_tokens(self.messages) > limit:
             del self.messages[:2]
             num_forgotten += 1
         if num_forgotten:
             say(f"[the {num_forgotten} oldest exchanges no longer fit the context and are forgotten]")
+
+    def _num_tokens(self, messages: list[dict[str, str]]) -> int:
+        """Of the prompt of these messages after the system's."""
+        return len(self.llm.tokenizer.chat_prompt(self.system + messages).token_ids)
 
 
 def _checked(text: str) -> str:

@@ -84,12 +84,12 @@ def run(plans: socket.socket, control: socket.socket, progress: Progress) -> Non
     progress.tp = join(start.rank, start.size, start.address, device, deadline_s=start.deadline_s)
     runner = make_runner(start.settings, start.model_config, Path(start.directory), progress.tp)
     _send(control, RankReady())
-    with only_new_objects():
-        serve(runner, plans, progress, lag_of(runner))
+    serve(runner, plans, progress, lag_of(runner))
     runner.close()
     leave()
 
 
+@only_new_objects()
 def serve(runner: ModelRunner | DeviceRunner, plans: socket.socket, progress: Progress, lag: int) -> None:
     """Launch every plan. lag: see lag_of."""
     launched: list[tuple[int, Any]] = []

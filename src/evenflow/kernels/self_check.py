@@ -50,14 +50,8 @@ from evenflow.kernels.tuning import FewRowTile, own_product_rows
 NUM_TOKENS = 19
 NUM_OUTS = 24  # of a product of one row, whose weights would be most of what is copied
 NUM_FEW_TILES = 2  # of outputs, of a product of a few rows
-PLANNED_ROWS = (
-    32,
-    64,
-    128,
-    256,
-    512,
-    1024,
-)  # a step is padded to, for its plan; larger: when it comes
+# What a step's rows are padded to for its plan. With more rows it is compiled when they come.
+PLANNED_ROWS = (32, 64, 128, 256, 512, 1024)
 MAX_WINDOW = 8192  # rows of larger windows would cost more than they tell
 # Kernel and reference round at different places: two units in the last place, and what sums in float32 differ by.
 # Interpreted kernels were at most 0.8 units off in float16 and bfloat16, and 8e-7 in float32.

@@ -23,13 +23,13 @@ def encode_messages(
     options = body.chat_template_kwargs or {}
     if len(options) > MAX_TEMPLATE_OPTIONS:
         raise ValueError(f"chat_template_kwargs has {len(options)} entries; at most {MAX_TEMPLATE_OPTIONS} are taken")
-    return tokenizer.encode_chat(
+    return tokenizer.chat_prompt(
         messages,
         tools=tools,
         add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
         continue_final_message=bool(body.continue_final_message),
         template_options=options,
-    )
+    ).token_ids
 
 
 def tokenize(front: Front, body: TokenizeRequest) -> dict[str, Any]:
