@@ -4,8 +4,8 @@
     python benchmarks/h200/measure.py evenflow llama-2-7b --parts startup
     python benchmarks/h200/measure.py vllm llama-2-7b --out peer.json
 
-Random weights, prompts of random token ids, end-of-sequence ignored, no detokenizing, no prefix cache. Each engine
-warms up on part of the work first.
+Prompts of random token ids, end-of-sequence ignored, no detokenizing, no prefix cache. Each engine warms up on part of
+the work first. With --weights both load the same random weights; without, each makes its own kind on the GPU.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from shapes import SHAPES, random_prompts, request_lengths, write_config
+from shapes import SHAPES, random_prompts, request_lengths, write_checkpoint, write_config
 
 DECODE_GRID = ((1, 128), (1, 2048), (64, 512), (256, 512))
 PREFILL_GRID = ((1, 2048), (4, 2048))
@@ -32,12 +32,12 @@ PARTS = ("throughput", "decode", "prefill", "profile", "startup")
 Run = Callable[[list[list[int]], list[int], float], float]
 
 
-def evenflow_engine(directory: Path, options: dict[str, Any]) -> tuple[Run, dict[str, Any], Any]:
+def evenflow_engine(directory: Path, load_format: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], Any]:
     from evenflow import LLM, SamplingParams
 
     start_s = time.perf_counter()
     llm = LLM(
-        str(directory), device="cuda", dtype="bfloat16", load_format="dummy", skip_tokenizer_init=True,
+        str(directory), device="cuda", dtype="bfloat16", load_format=load_format, skip_tokenizer_init=True,
         max_model_len=4096, enable_prefix_caching=False, **options,
     )  # fmt: skip
     facts = {"init_s": time.perf_counter() - start_s, "memory": llm.memory_account}
@@ -56,7 +56,7 @@ def evenflow_engine(directory: Path, options: dict[str, Any]) -> tuple[Run, dict
     return run, facts, llm
 
 
-def vllm_engine(directory: Path, options: dict[str, Any]) -> tuple[Run, dict[str, Any], Any]:
+def vllm_engine(directory: Path, load_format: str, options: dict[str, Any]) -> tuple[Run, dict[str, Any], Any]:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -66,7 +66,7 @@ def vllm_engine(directory: Path, options: dict[str, Any]) -> tuple[Run, dict[str
 
     imported_s = time.perf_counter()
     llm = LLM(
-        model=str(directory), dtype="bfloat16", load_format="dummy", skip_tokenizer_init=True, max_model_len=4096,
+        model=str(directory), dtype="bfloat16", load_format=load_format, skip_tokenizer_init=True, max_model_len=4096,
         enable_prefix_caching=False, **options,
     )  # fmt: skip
     config = llm.llm_engine.vllm_config
@@ -268,6 +268,7 @@ def main() -> None:
     parser.add_argument("model", choices=list(SHAPES))
     parser.add_argument("--parts", nargs="+", default=["throughput", "decode", "prefill"], choices=PARTS)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--weights", type=Path, metavar="FOLDER", help="made there, where they are not there yet")
     parser.add_argument("--options", type=json.loads, default={}, help="JSON object of engine options")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -283,10 +284,14 @@ def main() -> None:
         torch.cuda.empty_cache()
         result["versions"] = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name()}
         print(result["ceilings"], result["versions"], flush=True)
-    directory = write_config(args.model, Path("/tmp/evenflow-shapes"))
+    if args.weights is None:
+        directory, load_format = write_config(args.model, Path("/tmp/evenflow-shapes")), "dummy"
+    else:
+        directory, load_format = write_checkpoint(args.model, args.weights), "safetensors"
+    result["load_format"] = load_format
     if "tensor_parallel_size" in args.options:
         result["num_gpus"] = args.options["tensor_parallel_size"]
-    run, result["start"], llm = ENGINES[args.engine](directory, args.options)
+    run, result["start"], llm = ENGINES[args.engine](directory, load_format, args.options)
     if "ceilings" not in result:
         result["start"]["ready_s"] = seconds_since_process_start()
     print(result["start"], flush=True)
