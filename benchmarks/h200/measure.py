@@ -268,7 +268,7 @@ def main() -> None:
     parser.add_argument("model", choices=list(SHAPES))
     parser.add_argument("--parts", nargs="+", default=["throughput", "decode", "prefill"], choices=PARTS)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--weights", type=Path, metavar="FOLDER", help="made there, where they are not there yet")
+    parser.add_argument("--weights", type=Path, metavar="FOLDER", help="load weights, made there once")
     parser.add_argument("--options", type=json.loads, default={}, help="JSON object of engine options")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

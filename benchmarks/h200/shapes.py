@@ -1,7 +1,6 @@
 """The models and the work that both engines are measured on: shapes with random weights, and ShareGPT's length law."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -52,57 +51,26 @@ def write_config(name: str, folder: Path) -> Path:
 
 
 def write_checkpoint(name: str, folder: Path) -> Path:
-    """The shape with random weights, in a file for each layer: normal with a deviation of 0.02, norms 1.
+    """The shape with transformers' random weights, in bfloat16: normal with initializer_range, norms 1.
 
-    Both engines load them: a card at its power limit is faster where the numbers are, and each engine has its own way
-    to make random weights. Kept where they are there already.
+    Both engines load them: how fast a card is at its power limit depends on the numbers that it multiplies, and each
+    engine makes its own kind. A directory that is there already is taken as it is.
     """
     import torch
-    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    directory = write_config(name, folder)
-    index_file = directory / "model.safetensors.index.json"
-    if index_file.exists():
+    directory = folder / name
+    if directory.exists():
         return directory
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator(device).manual_seed(0)
-    weight_map: dict[str, str] = {}
-    for part, shapes in _parts(SHAPES[name]):
-        tensors = {}
-        for key, shape in shapes.items():
-            values = torch.ones(shape, device=device, dtype=torch.bfloat16)
-            tensors[key] = (values if len(shape) == 1 else values.normal_(0.0, 0.02, generator=generator)).cpu()
-        save_file(tensors, directory / f"{part}.safetensors", metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, f"{part}.safetensors")
-    index_file.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return directory
-
-
-def _parts(shape: dict[str, int]) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
-    """(file's name, tensors) of what comes before and after the layers, and of each layer."""
-    hidden, inner, vocab = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]
-    keys = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    yield (
-        "ends",
-        {
-            "model.embed_tokens.weight": (vocab, hidden),
-            "model.norm.weight": (hidden,),
-            "lm_head.weight": (vocab, hidden),
-        },
-    )
-    layer = {
-        "input_layernorm": (hidden,),
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "post_attention_layernorm": (hidden,),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    for number in range(shape["num_hidden_layers"]):
-        yield f"layer-{number:02}", {f"model.layers.{number}.{key}.weight": size for key, size in layer.items()}
+    unfinished = write_config(name, folder / "unfinished")
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(unfinished), dtype=torch.bfloat16)
+    model.save_pretrained(unfinished)
+    del model
+    torch.cuda.empty_cache()
+    write_config(name, folder / "unfinished")  # as both engines read it without weights
+    return unfinished.rename(directory)
 
 
 def _with_mean(lengths: np.ndarray, mean: float) -> np.ndarray:

@@ -14,11 +14,20 @@ from typing import Any
 from limits import Limits
 from measure import DECODE_STEPS
 
-Row = tuple[str, float, float | None, float, bool]  # what, ours, the other's, limit, whether more is better
+# what, ours, the other's, limit (None: no figure), whether more is better
+Row = tuple[str, float, float | None, float | None, bool]
 
 
 def _by_shape(result: dict[str, Any] | None, part: str, keys: tuple[str, ...], value: str) -> dict[tuple, float]:
     return {tuple(entry[key] for key in keys): entry[value] for entry in (result or {}).get(part, [])}
+
+
+def _joules(result: dict[str, Any] | None) -> float | None:
+    """Of the fastest run of the workload, where its power was watched."""
+    if not result or not result.get("throughput"):
+        return None
+    fastest = min(result["throughput"], key=lambda run: run["s"])
+    return fastest["watts"] * fastest["s"] if "watts" in fastest else None
 
 
 def rows(ours: dict[str, Any], other: dict[str, Any] | None) -> Iterator[Row]:
@@ -29,6 +38,9 @@ def rows(ours: dict[str, Any], other: dict[str, Any] | None) -> Iterator[Row]:
         tokens = ours["throughput"][0]["total_tokens_per_s"] * ours["throughput"][0]["s"]
         limit = tokens / limits.throughput_s()
         yield "1,000 requests, tokens/s in and out", tokens / best, theirs and tokens / theirs, limit, True
+        joules, their_joules = _joules(ours), _joules(other)
+        if joules is not None:
+            yield "the same, tokens a joule", tokens / joules, their_joules and tokens / their_joules, None, True
     theirs_by = _by_shape(other, "decode", ("batch", "context"), "ms_per_step")
     for (batch, context), ms in _by_shape(ours, "decode", ("batch", "context"), "ms_per_step").items():
         limit = limits.decode_ms(batch, context, DECODE_STEPS)
@@ -51,11 +63,15 @@ def markdown(ours: dict[str, Any], other: dict[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def _number(value: float) -> str:
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
 
 
-def _percent(value: float, limit: float, more_is_better: bool) -> str:
+def _percent(value: float, limit: float | None, more_is_better: bool) -> str:
+    if limit is None:
+        return ""
     return f"{100 * (value / limit if more_is_better else limit / value):.0f} %"
 
 
