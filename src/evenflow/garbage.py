@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+FEW_OBJECTS = 10_000  # that Python froze itself: 3.12 does so with some hundreds at its start
+
+
 @contextmanager
 def only_new_objects() -> Iterator[None]:
     """Within, collections look at what was made within; afterwards at everything again.
 
     Changes nothing where objects are frozen already, by the program around us or an outer use.
     """
-    if gc.get_freeze_count():
+    if gc.get_freeze_count() > FEW_OBJECTS:
         yield
         return
     gc.freeze()

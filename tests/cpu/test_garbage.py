@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from evenflow import LLM, SamplingParams
+from evenflow import LLM, SamplingParams, garbage
 from evenflow.config import EngineConfig
 from evenflow.engine import process, worker
 from evenflow.engine.client import EngineDeadError
@@ -42,6 +42,18 @@ def test_what_others_froze_stays_frozen():
         assert gc.get_freeze_count() > MANY
     finally:
         gc.unfreeze()
+
+
+def test_the_few_that_python_froze_itself_do_not_count(monkeypatch):
+    """As 3.12 does at its start."""
+    calls = []
+    stand_in = SimpleNamespace(
+        get_freeze_count=lambda: 375, freeze=lambda: calls.append("freeze"), unfreeze=lambda: calls.append("unfreeze")
+    )
+    monkeypatch.setattr(garbage, "gc", stand_in)
+    with only_new_objects():
+        assert calls == ["freeze"]
+    assert calls == ["freeze", "unfreeze"]
 
 
 def test_steps_of_generate_run_so(monkeypatch):
