@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from accuracy import assert_accurate, normal
 
+from evenflow.kernels.language import current_arch
 from evenflow.kernels.linear import gated_linear, is_own_product, launch_few_row_linear, launch_linear, linear
+from evenflow.kernels.many_row_linear import is_many_row_product, launch_many_row_gated_linear
 from evenflow.kernels.rms_norm import launch_add_rms_norm
 from evenflow.kernels.silu_and_mul import launch_silu_and_mul, silu_and_mul
+from evenflow.kernels.tuning import many_row_tiles
 
 DTYPES = (torch.bfloat16, torch.float16)
 # Outputs and inputs: of LLaMA 2 7B and 13B, Llama 3 8B and Qwen2.5 0.5B.
@@ -70,6 +73,27 @@ def test_gated_products_against_float64(gpu, shape, dtype):
         assert_accurate(found, eager, F.silu(gate) * up)
         assert is_own_product(x, weight) == (num_rows < 65)
         assert torch.equal(gated_linear(x, weight), found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(22016, 4096), (28672, 4096), (9728, 896), (27648, 5120), (5440, 2056)], ids=str)
+def test_many_gated_rows_against_float64(gpu, shape, dtype):
+    """Every tile of this architecture, whether taken or not; nothing is written beside the output."""
+    num_outs, size = shape
+    weight = (0.02 * normal(num_outs, size, seed=1)).to(dtype).to(gpu)
+    for num_rows in (1, 105, 128, 209, 256, 721, 1024, 2100):
+        x = normal(num_rows, size, dtype=dtype, seed=num_rows).to(gpu)
+        eager = silu_and_mul(F.linear(x, weight))
+        exact = torch.cat([x.double() @ part.double().T for part in weight.split(8192)], dim=1)
+        gate, up = exact.chunk(2, dim=1)
+        for tile in many_row_tiles(current_arch()):
+            found = launch_many_row_gated_linear(x, weight, tile=tile)
+            assert_accurate(found, eager, F.silu(gate) * up)
+            for _ in range(5):
+                assert torch.equal(launch_many_row_gated_linear(x, weight, tile=tile), found)
+        taken = launch_many_row_gated_linear(x, weight) if is_many_row_product(x, weight) else None
+        if taken is not None:
+            assert torch.equal(gated_linear(x, weight), taken)
 
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -21,6 +21,10 @@ except ImportError:
     _triton = None
     tl = SimpleNamespace(constexpr=lambda value: value)  # annotations, and constants that kernels share with the host
 try:
+    _TensorDescriptor = import_module("triton.tools.tensor_descriptor").TensorDescriptor
+except ImportError:
+    _TensorDescriptor = None
+try:
     _dependent = import_module("triton.language.extra.cuda")
     gdc_wait, gdc_launch_dependents = _dependent.gdc_wait, _dependent.gdc_launch_dependents
     approximate_log2 = import_module("triton.language.extra.cuda.libdevice").fast_log2f
@@ -103,6 +107,14 @@ def log2(x, APPROXIMATE: tl.constexpr):
 def dependent_launch(arch: str) -> dict[str, bool]:
     """Arguments of the launch of a kernel that calls wait_for_previous."""
     return {"PDL": True, "launch_pdl": True} if has_dependent_launch(arch) else {"PDL": False}
+
+
+def descriptor(tensor: Any, block: list[int]) -> Any:
+    """What a kernel loads and stores blocks of this shape by; beyond the tensor there are zeros, and nothing is written.
+
+    tensor: rows of unit stride that begin at multiples of 16 bytes.
+    """
+    return _TensorDescriptor.from_tensor(tensor, block)
 
 
 def cdiv(a: int, b: int) -> int:

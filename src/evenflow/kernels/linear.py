@@ -26,6 +26,7 @@ from evenflow.kernels.language import (
     tl,
     wait_for_previous,
 )
+from evenflow.kernels.many_row_linear import is_many_row_product, launch_many_row_gated_linear
 from evenflow.kernels.silu_and_mul import activated, silu_and_mul
 from evenflow.kernels.tuning import FewRowTile, few_row_tiles, own_product_rows, product_tile
 
@@ -50,6 +51,8 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     """silu_and_mul(linear(x, weight, bias)), rounded alike. weight: [2 * D, K], gates first; returns [N, D]."""
     if is_own_product(x, weight, bias):
         return launch_own_product(x, weight, gated=True)
+    if is_many_row_product(x, weight, bias):
+        return launch_many_row_gated_linear(x, weight)
     return silu_and_mul(linear(x, weight, bias))
 
 

@@ -22,6 +22,7 @@ from evenflow.kernels import (
     filter,
     linear,
     logprobs,
+    many_row_linear,
     masks,
     paged_attention,
     penalties,
@@ -31,6 +32,8 @@ from evenflow.kernels import (
     silu_and_mul,
     step_inputs,
 )
+
+from evenflow.kernels.tuning import many_row_tiles
 
 INT32_LIMIT = 1 << 31
 TENSOR_TYPES = {
@@ -204,6 +207,10 @@ def _of_products(model: ModelShape, dtype: torch.dtype, arch: str, name: str) ->
                 x = empty(num_rows, shape[1], dtype=dtype)
                 launch = partial(linear.launch_few_row_linear, x, weight, gated=gated, arch=arch)
                 yield from record(linear, f"{name}-{what}-{num_rows}", launch)
+    x, weight = empty(NUM_TOKENS, model.hidden_size, dtype=dtype), empty(*weights["gate-up"], dtype=dtype)
+    for tile in many_row_tiles(arch):
+        many = partial(many_row_linear.launch_many_row_gated_linear, x, weight, arch=arch, tile=tile)
+        yield from record(many_row_linear, f"{name}-gate-up-{tile.min_rows}", many)
 
 
 def _of_cache(
@@ -343,6 +350,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _type_of(value: Any) -> str:
+    if hasattr(value, "block_shape"):  # a tensor descriptor
+        return f"tensordesc<{TENSOR_TYPES[_dtype_name(value.base.dtype)]}{list(value.block_shape)}>"
     if isinstance(value, bool):
         return "i1"
     if isinstance(value, int):
@@ -353,7 +362,7 @@ def _type_of(value: Any) -> str:
 
 
 def _is_aligned(value: Any) -> bool:
-    if isinstance(value, (bool, float)):
+    if isinstance(value, (bool, float)) or hasattr(value, "block_shape"):
         return False
     if isinstance(value, int):
         return value % 16 == 0

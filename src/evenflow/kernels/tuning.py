@@ -60,6 +60,26 @@ class FewRowTile:
     min_outs: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class ManyRowTile:
+    """Of a gated product of many rows. block_m: rows a tile. block_n: outputs, half of them gates. block_k: elements of
+    their rows a step. group: tiles of rows that take turns before the next outputs do.
+
+    It is taken for min_rows to max_rows rows, where what is computed is at least min_fill of the room that its programs
+    have in as many rounds as they need.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group: int
+    min_rows: int
+    max_rows: int
+    min_fill: float
+
+
 # {architecture: {padded head size: tile}}. Registers are what limits them: none of these spills, but for those of sm_90
 # in prefill, which the clock chose, and float32 with heads of 256 on gfx11 and gfx12.
 DECODE_TILES: dict[str, dict[int, Tile]] = {
@@ -140,6 +160,16 @@ FEW_ROW_TILES: dict[str, dict[int, tuple[FewRowTile, ...]]] = {
     "": {rows: (FewRowTile(64, 64, 4, 3),) for rows in (16, 32, 64)},
 }
 
+# Gated products of more rows, of which the first that is taken wins; none: the library's, and the activation after it.
+MANY_ROW_TILES: dict[str, tuple[ManyRowTile, ...]] = {
+    "sm_90": (
+        ManyRowTile(128, 256, 64, 8, 4, 8, 105, 128, 0.8),
+        ManyRowTile(128, 256, 64, 8, 4, 8, 209, 256, 0.8),
+        ManyRowTile(128, 256, 64, 8, 3, 8, 721, 1 << 30, 0.8),
+    ),
+    "": (),
+}
+
 # From how many rows on a product is added to the residual by the library, instead of by the norm that follows. On one
 # H200 a step of 2,048 tokens is 0.2 to 1.7 % shorter, one of 640 rows 1.3 %; with few rows the library is slower so.
 ADDING_PRODUCT_ROWS: dict[str, int] = {"sm_90": 512, "": 1 << 62}
@@ -198,6 +228,11 @@ def product_tile(in_features: int) -> ProductTile:
 def few_row_tiles(arch: str, block_m: int) -> tuple[FewRowTile, ...]:
     """For rows padded to block_m; the first that fits a product is to be taken."""
     return _by_prefix(FEW_ROW_TILES, arch).get(block_m, ())
+
+
+@cache
+def many_row_tiles(arch: str) -> tuple[ManyRowTile, ...]:
+    return _by_prefix(MANY_ROW_TILES, arch)
 
 
 def filter_warps(arch: str) -> int:
