@@ -2,14 +2,15 @@
 
     python benchmarks/h200/products.py [--models llama-2-7b llama-3.1-8b] [--out products.json]
     python benchmarks/h200/products.py --sizes     # a layer's together, at many numbers of rows
+    python benchmarks/h200/products.py --gated     # gates and ups with the activation, above 64 rows
 
 Weights take turns, so that none is found in the cache of the GPU; launches are replayed as a graph. The engine's own
 kernels are timed where it takes them (kernels/linear.py).
 
 --sustained: bursts of some ms are faster than what a card keeps up: under its power limit clocks fall.
 
---sizes: by the library alone, as the engine calls it above 64 rows. Marked are numbers of rows at which no larger one
-is faster: what steps of decode rows are padded to (runner/graphs.py) is chosen from them.
+--sizes: as the engine computes them above 64 rows, the activation included. Marked are numbers of rows at which no
+larger one is faster: what steps of decode rows are padded to (runner/graphs.py) is chosen from them.
 """
 
 import argparse
@@ -26,13 +27,17 @@ from shapes import SHAPES
 from torch import Tensor
 
 from evenflow.kernels.language import current_arch
-from evenflow.kernels.linear import linear
+from evenflow.kernels.linear import gated_linear, linear
+from evenflow.kernels.silu_and_mul import silu_and_mul
 from evenflow.kernels.tuning import adding_product_rows, own_product_rows
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
 ROWS = (1, 4, 16, 32, 64, 128, 192, 256, 512, 1024, 2048, 8192)
 SIZES = (*range(72, 256, 8), *range(256, 1025, 16))
+
+
+GATED_ROWS = (128, 256, 384, 512, 640, 768, 880, 1024, 2048, 4096, 16384)
 
 
 def products(model: str) -> dict[str, tuple[int, int]]:
@@ -93,14 +98,27 @@ def residual_like(rows: int, features: int) -> Tensor:
     return torch.zeros(rows, features, device="cuda", dtype=torch.bfloat16)
 
 
+def library_gated(x: Tensor, weight: Tensor) -> Tensor:
+    return silu_and_mul(F.linear(x, weight))
+
+
 def layer_seconds(model: str, rows: int, sustained_s: float) -> float:
-    """The products of one layer."""
-    total = 0.0
-    for name, (out_features, in_features) in products(model).items():
-        if name != "head":
-            is_added = name in ("o", "down") and rows >= adding_product_rows(current_arch())
-            total += seconds(rows, out_features, in_features, added if is_added else F.linear, sustained_s=sustained_s)
-    return total
+    """The products of one layer, and the activation."""
+    adding = added if rows >= adding_product_rows(current_arch()) else F.linear
+    how = {"qkv": F.linear, "o": adding, "gate_up": gated_linear, "down": adding}
+    shapes = products(model)
+    return sum(seconds(rows, *shapes[name], product, sustained_s=sustained_s) for name, product in how.items())
+
+
+def measure_gated(model: str, sustained_s: float) -> list[dict[str, Any]]:
+    """Of each number of rows: by the library, with the activation after it, and as the engine does it."""
+    shape = products(model)["gate_up"]
+    found = []
+    for rows in GATED_ROWS:
+        library, engine = (seconds(rows, *shape, how, sustained_s=sustained_s) for how in (library_gated, gated_linear))
+        found.append({"model": model, "rows": rows, "us": library * 1e6, "engine_us": engine * 1e6})
+        print(f"{model} {rows} rows: {library * 1e6:.1f} us, engine {engine * 1e6:.1f} us, {library / engine:.3f}x")
+    return found
 
 
 def measure_sizes(model: str, sustained_s: float) -> list[dict[str, Any]]:
@@ -120,6 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["llama-2-7b", "llama-3.1-8b"], choices=list(SHAPES))
     parser.add_argument("--sizes", action="store_true", help="a layer's products together, by number of rows")
+    parser.add_argument("--gated", action="store_true", help="gates and ups with the activation, by number of rows")
     parser.add_argument("--sustained", type=float, default=0.0, metavar="SECONDS", help="run each product for so long")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -128,8 +147,8 @@ def main() -> None:
     peak = ceilings()
     results: list[dict[str, Any]] = []
     for model in args.models:
-        if args.sizes:
-            results += measure_sizes(model, args.sustained)
+        if args.sizes or args.gated:
+            results += (measure_sizes if args.sizes else measure_gated)(model, args.sustained)
             continue
         for name, (out_features, in_features) in products(model).items():
             cells = []

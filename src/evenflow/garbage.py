@@ -8,7 +8,6 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
 FEW_OBJECTS = 10_000  # that Python froze itself: 3.12 does so with some hundreds at its start
 
 

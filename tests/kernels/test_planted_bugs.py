@@ -13,6 +13,7 @@ import test_draw
 import test_filter
 import test_linear
 import test_logprobs
+import test_many_row_linear
 import test_masks
 import test_penalties
 import test_rms_norm
@@ -28,6 +29,7 @@ from evenflow.kernels import (
     filter,
     linear,
     logprobs,
+    many_row_linear,
     masks,
     penalties,
     rms_norm,
@@ -143,6 +145,32 @@ plant(
 plant(
     linear, test_linear, lambda _: test_linear.test_sums_are_in_float32(),
     sums_in_16_bits=("weight = next_weight", "weight, sums = next_weight, sums.to(tl.float16).to(tl.float32)"),
+)  # fmt: skip
+plant(
+    many_row_linear, test_many_row_linear, lambda _: test_many_row_linear.test_any_shape((97, 24, 40), F16),
+    last_step_missing=("tl.cdiv(K, BLOCK_K)", "K // BLOCK_K"),
+    first_step_again=("[token, step * BLOCK_K]", "[token, 0]"),
+    weights_of_the_first_step=("gate, step * BLOCK_K]", "gate, 0]"),
+    weights_of_the_first_tile=("[0, gate, step", "[0, 0, step"),
+    gates_and_ups_swapped=("activated(gates, ups)", "activated(ups, gates)"),
+    ups_of_another_gate=("[BLOCK_M, 2, HALF]), (0, 2, 1)", "[BLOCK_M, HALF, 2]), (0, 1, 2)"),
+    a_last_group_as_high_as_the_others=("tl.minimum(num_down - first, GROUP)", "GROUP"),
+    each_group_the_first=("// (GROUP * num_across) * GROUP", "// (GROUP * num_across)"),
+    last_rows_missing=("tl.cdiv(num_tokens, BLOCK_M), tl", "num_tokens // BLOCK_M, tl"),
+    last_outputs_missing=("tl.cdiv(D, HALF)", "D // HALF"),
+)  # fmt: skip
+plant(
+    many_row_linear, test_many_row_linear, lambda _: test_many_row_linear.test_any_order_of_tiles(3, 2),
+    one_tile_a_program=("num_down * num_across, tl.num_programs(0)", "tl.num_programs(0), tl.num_programs(0)"),
+)  # fmt: skip
+plant(
+    many_row_linear, test_many_row_linear,
+    lambda _: test_many_row_linear.test_gates_are_rounded_before_the_activation(),
+    gates_are_not_rounded=("sums.to(x.dtype), [BLOCK_M", "sums, [BLOCK_M"),
+)  # fmt: skip
+plant(
+    many_row_linear, test_many_row_linear, lambda _: test_many_row_linear.test_sums_are_in_float32(),
+    sums_of_steps_in_16_bits=("columns.T, sums)", "columns.T, sums).to(tl.float16).to(tl.float32)"),
 )  # fmt: skip
 plant(
     rotary, test_rotary, lambda _: test_rotary.test_against_float64(8, 2, 80, F32),

@@ -110,7 +110,7 @@ def dependent_launch(arch: str) -> dict[str, bool]:
 
 
 def descriptor(tensor: Any, block: list[int]) -> Any:
-    """What a kernel loads and stores blocks of this shape by; beyond the tensor there are zeros, and nothing is written.
+    """What a kernel loads and stores blocks of this shape by. Beyond the tensor are zeros; nothing is written there.
 
     tensor: rows of unit stride that begin at multiples of 16 bytes.
     """

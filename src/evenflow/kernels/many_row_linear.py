@@ -21,7 +21,9 @@ NUM_PROGRAMS = 132  # where there is no GPU to ask
 
 
 @cache
-def many_row_tile(arch: str, num_tokens: int, num_gates: int, in_features: int, num_programs: int) -> ManyRowTile | None:
+def many_row_tile(
+    arch: str, num_tokens: int, num_gates: int, in_features: int, num_programs: int
+) -> ManyRowTile | None:
     """The tile that so many tokens are computed in, or None, where the library is faster or no tile fits.
 
     num_programs: that run at once, one on a multiprocessor.
@@ -99,7 +101,7 @@ def _many_row_gated_linear_kernel(
 def launch_many_row_gated_linear(
     x: Tensor, weight: Tensor, *, arch: str | None = None, tile: ManyRowTile | None = None
 ) -> Tensor:
-    """silu_and_mul(x @ weight.T), rounded alike, in 16 bits. x: [N, K]; weight: [2 * D, K], gates first; returns [N, D].
+    """silu_and_mul(x @ weight.T), rounded alike, in 16 bits. x: [N, K]; weight: [2 * D, K]; returns [N, D].
 
     D, K: divisible by ALIGNED. arch: None for that of x. tile: instead of the architecture's.
     """

@@ -32,7 +32,6 @@ from evenflow.kernels import (
     silu_and_mul,
     step_inputs,
 )
-
 from evenflow.kernels.tuning import many_row_tiles
 
 INT32_LIMIT = 1 << 31
@@ -210,7 +209,7 @@ def _of_products(model: ModelShape, dtype: torch.dtype, arch: str, name: str) ->
     x, weight = empty(NUM_TOKENS, model.hidden_size, dtype=dtype), empty(*weights["gate-up"], dtype=dtype)
     for tile in many_row_tiles(arch):
         many = partial(many_row_linear.launch_many_row_gated_linear, x, weight, arch=arch, tile=tile)
-        yield from record(many_row_linear, f"{name}-gate-up-{tile.min_rows}", many)
+        yield from record(many_row_linear, f"{name}-gate-up-{tile.block_n}-{tile.num_stages}", many)
 
 
 def _of_cache(
