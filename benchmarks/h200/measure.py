@@ -60,6 +60,8 @@ def vllm_engine(directory: Path, load_format: str, options: dict[str, Any]) -> t
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if find_spec("flashinfer") is None:  # which vLLM samples with where it is not told otherwise
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     start_s = time.perf_counter()
     import vllm
     from vllm import LLM, SamplingParams

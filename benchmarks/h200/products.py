@@ -18,6 +18,7 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -111,13 +112,16 @@ def layer_seconds(model: str, rows: int, sustained_s: float) -> float:
 
 
 def measure_gated(model: str, sustained_s: float) -> list[dict[str, Any]]:
-    """Of each number of rows: by the library, with the activation after it, and as the engine does it."""
+    """Of each number of rows: by the library, with the activation after it, and as the engine does it, taking turns."""
     shape = products(model)["gate_up"]
     found = []
     for rows in GATED_ROWS:
-        library, engine = (seconds(rows, *shape, how, sustained_s=sustained_s) for how in (library_gated, gated_linear))
-        found.append({"model": model, "rows": rows, "us": library * 1e6, "engine_us": engine * 1e6})
-        print(f"{model} {rows} rows: {library * 1e6:.1f} us, engine {engine * 1e6:.1f} us, {library / engine:.3f}x")
+        times: dict[Product, list[float]] = {library_gated: [], gated_linear: []}
+        for product in (*times,) * 3:
+            times[product].append(seconds(rows, *shape, product, sustained_s=sustained_s))
+        library, engine = (median(taken) * 1e6 for taken in times.values())
+        found.append({"model": model, "rows": rows, "us": library, "engine_us": engine})
+        print(f"{model} {rows} rows: {library:.1f} us, engine {engine:.1f} us, {library / engine:.3f}x", flush=True)
     return found
 
 
