@@ -11,6 +11,8 @@ kernels are timed where it takes them (kernels/linear.py).
 
 --sizes: as the engine computes them above 64 rows, the activation included. Marked are numbers of rows at which no
 larger one is faster: what steps of decode rows are padded to (runner/graphs.py) is chosen from them.
+
+--gated: by the library with the activation after it, and as the engine does it, taking turns.
 """
 
 import argparse
@@ -36,8 +38,6 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 ROWS = (1, 4, 16, 32, 64, 128, 192, 256, 512, 1024, 2048, 8192)
 SIZES = (*range(72, 256, 8), *range(256, 1025, 16))
-
-
 GATED_ROWS = (128, 256, 384, 512, 640, 768, 880, 1024, 2048, 4096, 16384)
 
 
@@ -112,7 +112,7 @@ def layer_seconds(model: str, rows: int, sustained_s: float) -> float:
 
 
 def measure_gated(model: str, sustained_s: float) -> list[dict[str, Any]]:
-    """Of each number of rows: by the library, with the activation after it, and as the engine does it, taking turns."""
+    """Of each number of rows, medians of three turns."""
     shape = products(model)["gate_up"]
     found = []
     for rows in GATED_ROWS:
@@ -141,8 +141,9 @@ def measure_sizes(model: str, sustained_s: float) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["llama-2-7b", "llama-3.1-8b"], choices=list(SHAPES))
-    parser.add_argument("--sizes", action="store_true", help="a layer's products together, by number of rows")
-    parser.add_argument("--gated", action="store_true", help="gates and ups with the activation, by number of rows")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--sizes", action="store_true", help="a layer's products together, by number of rows")
+    parts.add_argument("--gated", action="store_true", help="gates and ups with the activation, by number of rows")
     parser.add_argument("--sustained", type=float, default=0.0, metavar="SECONDS", help="run each product for so long")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -8,8 +8,15 @@ import torch.nn.functional as F
 from accuracy import assert_accurate, normal
 
 from evenflow.kernels.language import current_arch
-from evenflow.kernels.linear import gated_linear, is_own_product, launch_few_row_linear, launch_linear, linear
-from evenflow.kernels.many_row_linear import is_many_row_product, launch_many_row_gated_linear
+from evenflow.kernels.linear import (
+    gated_linear,
+    gated_tile,
+    is_own_product,
+    launch_few_row_linear,
+    launch_linear,
+    linear,
+)
+from evenflow.kernels.many_row_linear import launch_many_row_gated_linear
 from evenflow.kernels.rms_norm import launch_add_rms_norm
 from evenflow.kernels.silu_and_mul import launch_silu_and_mul, silu_and_mul
 from evenflow.kernels.tuning import many_row_tiles
@@ -87,36 +94,45 @@ def test_many_gated_rows_against_float64(gpu, shape, dtype):
         exact = torch.cat([x.double() @ part.double().T for part in weight.split(8192)], dim=1)
         gate, up = exact.chunk(2, dim=1)
         for tile in many_row_tiles(current_arch()):
-            found = launch_many_row_gated_linear(x, weight, tile=tile)
+            found = launch_many_row_gated_linear(x, weight, tile)
             assert_accurate(found, eager, F.silu(gate) * up)
             for _ in range(5):
-                assert torch.equal(launch_many_row_gated_linear(x, weight, tile=tile), found)
-        taken = launch_many_row_gated_linear(x, weight) if is_many_row_product(x, weight) else None
-        if taken is not None:
-            assert torch.equal(gated_linear(x, weight), taken)
+                assert torch.equal(launch_many_row_gated_linear(x, weight, tile), found)
+        if (tile := gated_tile(x, weight)) is not None and not is_own_product(x, weight):
+            assert torch.equal(gated_linear(x, weight), launch_many_row_gated_linear(x, weight, tile))
 
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# Of an MLP: what is next of the token's values, by the weights of gates and ups, and of down.
+Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def layers(x: torch.Tensor, weights: list[tuple[torch.Tensor, ...]], is_apart: bool, product: Product) -> torch.Tensor:
+def mlp(product: Product) -> list[Step]:
+    return [
+        lambda x, gate_up, down: product(x, gate_up),
+        lambda x, gate_up, down: launch_silu_and_mul(x),
+        lambda x, gate_up, down: product(x, down),
+    ]
+
+
+def mlp_of_many_rows() -> list[Step]:
+    tile = many_row_tiles(current_arch())[0]
+    return [
+        lambda x, gate_up, down: launch_many_row_gated_linear(x, gate_up, tile),
+        lambda x, gate_up, down: F.linear(x, down),
+    ]
+
+
+def layers(x: torch.Tensor, weights: list[tuple[torch.Tensor, ...]], is_apart: bool, steps: list[Step]) -> torch.Tensor:
     """is_apart: each kernel ends before the next is launched."""
     wait = torch.cuda.synchronize if is_apart else lambda: None
     residual = torch.zeros_like(x)
     for norm, gate_up, down in weights:
         x, residual = launch_add_rms_norm(x, residual, norm, 1e-5)
         wait()
-        if product is launch_many_row_gated_linear:
-            x = product(x, gate_up, tile=many_row_tiles(current_arch())[0])
+        for step in steps:
+            x = step(x, gate_up, down)
             wait()
-            x = F.linear(x, down)
-        else:
-            x = product(x, gate_up)
-            wait()
-            x = launch_silu_and_mul(x)
-            wait()
-            x = product(x, down)
-        wait()
     return x + residual
 
 
@@ -124,26 +140,30 @@ def layers(x: torch.Tensor, weights: list[tuple[torch.Tensor, ...]], is_apart: b
     ("num_rows", "product"),
     [
         (1, launch_linear), (5, launch_linear), (5, launch_few_row_linear), (40, launch_few_row_linear),
-        (300, launch_many_row_gated_linear),
+        (300, None),
     ],
 )  # fmt: skip
 def test_kernels_that_start_early_change_nothing(gpu, num_rows, product):
-    """Small ones, whose programs all start at once; memory is used again and again, in a graph as well."""
-    if product is launch_many_row_gated_linear and not many_row_tiles(current_arch()):
+    """Small ones, whose programs all start at once; memory is used again and again, in a graph as well.
+
+    product: None for the gated one of many rows, which only some GPUs have.
+    """
+    if product is None and not many_row_tiles(current_arch()):
         pytest.skip("only the library has products of many rows here")
+    steps = mlp(product) if product is not None else mlp_of_many_rows()
     sizes = ((512,), (2 * 1536, 512), (512, 1536))
     weights = [
         tuple((0.05 * normal(*size, seed=3 * layer + i)).to(torch.bfloat16).to(gpu) for i, size in enumerate(sizes))
         for layer in range(24)
     ]
     x = normal(num_rows, 512, dtype=torch.bfloat16).to(gpu)
-    expected = layers(x, weights, is_apart=True, product=product)
+    expected = layers(x, weights, is_apart=True, steps=steps)
     for _ in range(50):
-        found = layers(x, weights, is_apart=False, product=product)
+        found = layers(x, weights, is_apart=False, steps=steps)
     assert torch.equal(found, expected)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = layers(x, weights, is_apart=False, product=product)
+        found = layers(x, weights, is_apart=False, steps=steps)
     for _ in range(50):
         found.zero_()
         graph.replay()

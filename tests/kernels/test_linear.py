@@ -65,13 +65,19 @@ def test_gated_rows_of_any_length(shape, dtype):
     check_gated(x, weight, launch_linear(x, weight, gated=True))
 
 
-def test_gates_are_rounded_before_the_activation():
-    """As by a kernel of its own: to the bit, where sums are exact in float32 and not in float16."""
-    x = torch.randint(-8, 9, (1, 512), generator=torch.Generator().manual_seed(0)).half()
+def exact_in_float32(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, weight and their product, whose sums are exact in float32 and not in float16."""
+    x = torch.randint(-8, 9, (num_tokens, 512), generator=torch.Generator().manual_seed(0)).half()
     weight = torch.randint(-64, 65, (64, 512), generator=torch.Generator().manual_seed(1)).half() / 1024
     sums = x.float() @ weight.float().T
     assert (sums.half() != sums).any()
     assert torch.equal(sums.double(), x.double() @ weight.double().T)
+    return x, weight, sums
+
+
+def test_gates_are_rounded_before_the_activation():
+    """As by a kernel of its own: to the bit."""
+    x, weight, sums = exact_in_float32(1)
     assert torch.equal(launch_linear(x, weight, gated=True), silu_and_mul(sums.half()))
 
 

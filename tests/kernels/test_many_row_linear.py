@@ -2,17 +2,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import torch.nn.functional as F
-from accuracy import assert_accurate, normal
+from accuracy import normal
+from test_linear import check_gated, exact_in_float32
 
 from evenflow.kernels import linear, many_row_linear
-from evenflow.kernels.many_row_linear import (
-    ALIGNED,
-    is_many_row_product,
-    launch_many_row_gated_linear,
-    many_row_tile,
-    tiles_taken,
-)
+from evenflow.kernels.language import ALIGNED
+from evenflow.kernels.linear import gated_tile
+from evenflow.kernels.many_row_linear import launch_many_row_gated_linear, many_row_tile, tiles_taken
 from evenflow.kernels.silu_and_mul import silu_and_mul
 from evenflow.kernels.tuning import MANY_ROW_TILES, ManyRowTile
 
@@ -26,8 +22,8 @@ SHAPES = [
 
 def tile_of(**changes: float) -> ManyRowTile:
     options = {
-        "block_m": 16, "block_n": 32, "block_k": 32, "num_warps": 4, "num_stages": 1, "group": 2, "min_rows": 0,
-        "max_rows": 1 << 30, "min_fill": 0.0,
+        "block_m": 16, "block_n": 32, "block_k": 32, "num_warps": 4, "num_stages": 1, "group": 2, "max_rows": 1 << 30,
+        "min_fill": 0.0,
     }  # fmt: skip
     return ManyRowTile(**options | changes)
 
@@ -38,12 +34,11 @@ def check(x: torch.Tensor, weight: torch.Tensor, tile: ManyRowTile, num_programs
     padded = torch.full((num_tokens + 20, num_gates), torch.nan, dtype=x.dtype)
     with (
         patch.object(torch, "empty", lambda *shape, **_: padded[: shape[0]]),
-        patch.object(many_row_linear, "current_programs", lambda: num_programs),
+        patch.object(many_row_linear, "num_multiprocessors", lambda: num_programs),
     ):
-        found = launch_many_row_gated_linear(x, weight, tile=tile)
+        found = launch_many_row_gated_linear(x, weight, tile)
     assert padded[num_tokens:].isnan().all(), "rows beyond the last are written"
-    gate, up = (x.double() @ weight.double().T).chunk(2, dim=1)
-    assert_accurate(found, silu_and_mul(F.linear(x, weight)), F.silu(gate) * up)
+    check_gated(x, weight, found)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -71,12 +66,8 @@ def test_the_tiles_of_a_gpu():
 
 def test_gates_are_rounded_before_the_activation():
     """As by a kernel of its own: to the bit, where sums are exact in float32 and not in float16."""
-    x = torch.randint(-8, 9, (40, 512), generator=torch.Generator().manual_seed(0)).half()
-    weight = torch.randint(-64, 65, (64, 512), generator=torch.Generator().manual_seed(1)).half() / 1024
-    sums = x.float() @ weight.float().T
-    assert (sums.half() != sums).any()
-    assert torch.equal(sums.double(), x.double() @ weight.double().T)
-    assert torch.equal(launch_many_row_gated_linear(x, weight, tile=tile_of()), silu_and_mul(sums.half()))
+    x, weight, sums = exact_in_float32(40)
+    assert torch.equal(launch_many_row_gated_linear(x, weight, tile_of()), silu_and_mul(sums.half()))
 
 
 def test_sums_are_in_float32():
@@ -84,15 +75,13 @@ def test_sums_are_in_float32():
     x, weight = torch.ones(20, 192, dtype=torch.float16), torch.ones(32, 192, dtype=torch.float16)
     weight[:, :64], weight[:, 128:] = 4096, -4096
     expected = silu_and_mul(torch.full((20, 32), 64.0))
-    assert torch.equal(launch_many_row_gated_linear(x, weight, tile=tile_of()), expected.half())
+    assert torch.equal(launch_many_row_gated_linear(x, weight, tile_of()), expected.half())
 
 
 def test_two_percent_are_seen():
     x, weight = normal(20, 64, dtype=torch.float16), normal(32, 64, dtype=torch.float16, seed=1) / 8
-    gate, up = (x.double() @ weight.double().T).chunk(2, dim=1)
-    found = launch_many_row_gated_linear(x, weight, tile=tile_of())
     with pytest.raises(AssertionError, match="is allowed"):
-        assert_accurate(found * 1.02, silu_and_mul(F.linear(x, weight)), F.silu(gate) * up)
+        check_gated(x, weight, launch_many_row_gated_linear(x, weight, tile_of()) * 1.02)
 
 
 NO_MEMORY = torch.device("meta")
@@ -128,31 +117,29 @@ def half(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         (half(0, 4096), half(28672, 4096), None, "sm_90", False),
     ],
 )
-def test_which_products_are_ours(x, weight, bias, arch, is_ours):
-    assert is_many_row_product(x, weight, bias, arch=arch) == is_ours
+def test_which_products_are_ours(x, weight, bias, arch, is_ours, monkeypatch):
+    monkeypatch.setattr(linear, "num_multiprocessors", lambda: 132)
+    assert (gated_tile(x, weight, bias, arch=arch) is not None) == is_ours
 
 
 def test_gated_products_come_here(monkeypatch):
     """With a rule that takes all of them."""
     tile = tile_of()
-    monkeypatch.setattr(many_row_linear, "many_row_tiles", lambda arch: (tile,))
-    many_row_tile.cache_clear()
+    monkeypatch.setattr(linear, "many_row_tiles", lambda arch: (tile,))
+    monkeypatch.setattr(linear, "many_row_tile", lambda *_: tile)
     x, weight, bias = normal(37, 40).half(), normal(48, 40, seed=1).half(), normal(48, seed=2).half()
-    try:
-        with patch.object(linear, "launch_many_row_gated_linear", wraps=launch_many_row_gated_linear) as launch:
-            found = linear.gated_linear(x, weight)
-            linear.gated_linear(x, weight, bias)
-            linear.linear(x, weight)
-        assert launch.call_count == 1
-        assert torch.equal(found, launch_many_row_gated_linear(x, weight))
-    finally:
-        many_row_tile.cache_clear()
+    with patch.object(linear, "launch_many_row_gated_linear", wraps=launch_many_row_gated_linear) as launch:
+        found = linear.gated_linear(x, weight)
+        linear.gated_linear(x, weight, bias)
+        linear.linear(x, weight)
+    launch.assert_called_once_with(x, weight, tile)
+    assert torch.equal(found, launch_many_row_gated_linear(x, weight, tile))
 
 
 @pytest.mark.parametrize(
     ("num_tokens", "num_gates", "num_programs", "block_n"),
     [
-        (128, 14336, 132, 256), (128, 14336, 114, 256), (128, 14336, 78, None), (128, 11008, 132, None),
+        (128, 14336, 132, 256), (128, 14336, 114, 256), (128, 14336, 78, 128), (128, 11008, 132, None),
         (256, 14336, 132, 256), (256, 13824, 132, None), (384, 11008, 132, 256), (512, 14336, 132, 128),
         (592, 14336, 132, None), (880, 14336, 132, 256), (16384, 1000, 132, 256), (16384, 1001, 132, None),
     ],
@@ -168,15 +155,9 @@ def test_tiles_fit():
             operands = tile.num_stages * (tile.block_m + tile.block_n) * tile.block_k * 2
             assert operands + tile.block_m * tile.block_n // 2 * 2 <= 227 * 1024
             assert tile.block_k % ALIGNED == 0
-            assert tile.min_rows <= tile.max_rows
 
 
 @pytest.mark.parametrize("num_gates", [14336, 11008, 13824, 4864, 896])
 def test_what_is_checked_at_the_start_is_what_is_taken(num_gates):
     taken = {many_row_tile("sm_90", rows, num_gates, 4096, 132) for rows in range(16, 16385, 16)} - {None}
     assert tiles_taken("sm_90", num_gates, 4096, 132) == taken
-
-
-def test_no_tile_fits():
-    with pytest.raises(AssertionError, match="no tile fits"):
-        launch_many_row_gated_linear(half(128, 4096), half(28672, 4096))

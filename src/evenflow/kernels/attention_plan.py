@@ -18,12 +18,12 @@ from evenflow.kernels.language import (
     dependent_launch,
     jit,
     next_power_of_2,
+    num_multiprocessors,
     tl,
     wait_for_previous,
 )
 from evenflow.kernels.tuning import split_of
 
-DEFAULT_MULTIPROCESSORS = 108
 # 32 bytes, so that a program reads its item by one access: token, slot, first, last, seq_len, partial, and of its row
 # the first partial and the number of them.
 ITEM_FIELDS = 8
@@ -98,10 +98,9 @@ def make_plan(
     target_items pieces on top of one a row, nor more than twice target_items that belong to rows of several pieces.
     """
     split = split_of(arch or current_arch())
-    num_multiprocessors = _num_multiprocessors(torch.device(device))
-    num_resident = split.num_resident * num_multiprocessors
+    num_resident = split.num_resident * num_multiprocessors()
     if target_items is None:
-        target_items = max(num_resident * split.waves // num_kv_heads, num_multiprocessors // 2, 1)
+        target_items = max(num_resident * split.waves // num_kv_heads, num_multiprocessors() // 2, 1)
     max_items = max_rows + target_items
     max_partials = min(max_items, 2 * target_items)
     return AttentionPlan(
@@ -116,12 +115,6 @@ def make_plan(
         granule=granule or split.granule,
         num_programs=num_programs or 2 * num_resident,
     )
-
-
-def _num_multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return DEFAULT_MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def plan_attention(rows: DeviceRows) -> None:

@@ -1,6 +1,7 @@
 """Triton where it is installed, and a stand-in where it is not: only the launchers need it, the references do not.
 
-Kernels are written for Triton 3.6 to 3.9: no block pointers, no autotuning, plain pointers and masks.
+Kernels are written for Triton 3.6 to 3.9: no block pointers, no autotuning, plain pointers and
+masks, or tensor descriptors that the host makes.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 
@@ -9,8 +10,13 @@ from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from evenflow.kernels.tuning import has_dependent_launch
 from evenflow.platforms import detect
+
+ALIGNED = 8  # 16-bit elements of an access of 16 bytes
+DEFAULT_MULTIPROCESSORS = 108
 
 tl: Any
 _triton: Any
@@ -135,6 +141,14 @@ def current_arch() -> str:
     """The first GPU's architecture, as Platform.arch spells it; "" where there is none, as in the interpreter."""
     platform = detect()
     return "" if platform.device == "cpu" else platform.arch
+
+
+@cache
+def num_multiprocessors() -> int:
+    """The first GPU's; DEFAULT_MULTIPROCESSORS where there is none."""
+    if not torch.cuda.is_available():
+        return DEFAULT_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(0).multi_processor_count
 
 
 def arch_of(x: Any, arch: str | None = None) -> str:

@@ -17,20 +17,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evenflow.kernels.language import (
+    ALIGNED,
     arch_of,
     arrives_last,
     dependent_launch,
     fetch_ahead,
     jit,
     next_power_of_2,
+    num_multiprocessors,
     tl,
     wait_for_previous,
 )
-from evenflow.kernels.many_row_linear import is_many_row_product, launch_many_row_gated_linear
+from evenflow.kernels.many_row_linear import launch_many_row_gated_linear, many_row_tile
 from evenflow.kernels.silu_and_mul import activated, silu_and_mul
-from evenflow.kernels.tuning import FewRowTile, few_row_tiles, own_product_rows, product_tile
+from evenflow.kernels.tuning import (
+    FewRowTile,
+    ManyRowTile,
+    few_row_tiles,
+    many_row_tiles,
+    own_product_rows,
+    product_tile,
+)
 
-ALIGNED = 8  # 16-bit elements of an access of 16 bytes
 _LINE = tl.constexpr(64)  # 16-bit elements of a cache line of 128 bytes
 MIN_ROWS = 16  # of a tile, which is what matrix units take
 FEW_ROWS = (16, 32, 64)  # what a few rows are padded to
@@ -51,23 +59,35 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     """silu_and_mul(linear(x, weight, bias)), rounded alike. weight: [2 * D, K], gates first; returns [N, D]."""
     if is_own_product(x, weight, bias):
         return launch_own_product(x, weight, gated=True)
-    if is_many_row_product(x, weight, bias):
-        return launch_many_row_gated_linear(x, weight)
-    return silu_and_mul(linear(x, weight, bias))
+    if (tile := gated_tile(x, weight, bias)) is not None:
+        return launch_many_row_gated_linear(x, weight, tile)
+    return silu_and_mul(F.linear(x, weight, bias))
 
 
 def is_own_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, arch: str | None = None) -> bool:
     """Is it one that a kernel takes, where that is faster than the library? arch: None for that of x."""
     arch = arch_of(x, arch)
     num_tokens = x.shape[0]
-    if not 0 < num_tokens <= own_product_rows(arch) or bias is not None:
-        return False
-    if x.dtype != weight.dtype or x.dtype.itemsize != 2 or not (x.is_contiguous() and weight.is_contiguous()):
+    if not 0 < num_tokens <= own_product_rows(arch) or not _is_plain(x, weight, bias):
         return False
     out_features, in_features = weight.shape
     if num_tokens > 1:
         return few_row_launch(arch, num_tokens, out_features, in_features) is not None
     return in_features % ALIGNED == 0 and out_features % product_tile(in_features).block_n == 0
+
+
+def gated_tile(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, arch: str | None = None) -> ManyRowTile | None:
+    """Of the kernel that takes a gated product of many tokens, or None, where the library does. arch: as above."""
+    arch = arch_of(x, arch)
+    if not many_row_tiles(arch) or not _is_plain(x, weight, bias):
+        return None
+    return many_row_tile(arch, x.shape[0], weight.shape[0] // 2, weight.shape[1], num_multiprocessors())
+
+
+def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """In one type of 16 bits, with nothing between the rows, and without a bias."""
+    is_dense = x.is_contiguous() and weight.is_contiguous()
+    return bias is None and x.dtype == weight.dtype and x.dtype.itemsize == 2 and is_dense
 
 
 def launch_own_product(x: Tensor, weight: Tensor, *, gated: bool = False, arch: str | None = None) -> Tensor:

@@ -11,13 +11,21 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from evenflow.kernels.language import arch_of, cdiv, dependent_launch, descriptor, jit, tl, wait_for_previous
+from evenflow.kernels.language import (
+    ALIGNED,
+    arch_of,
+    cdiv,
+    dependent_launch,
+    descriptor,
+    jit,
+    num_multiprocessors,
+    tl,
+    wait_for_previous,
+)
 from evenflow.kernels.silu_and_mul import activated
 from evenflow.kernels.tuning import ManyRowTile, many_row_tiles
 
-ALIGNED = 8  # 16-bit elements: rows begin at multiples of 16 bytes
 MAX_DOWN = 64  # with so many tiles of rows none is left unfilled
-NUM_PROGRAMS = 132  # where there is no GPU to ask
 
 
 @cache
@@ -28,46 +36,29 @@ def many_row_tile(
 
     num_programs: that run at once, one on a multiprocessor.
     """
-    if in_features % ALIGNED or num_gates % ALIGNED:
+    if not num_tokens or in_features % ALIGNED or num_gates % ALIGNED:
         return None
     for tile in many_row_tiles(arch):
-        if tile.min_rows <= num_tokens <= tile.max_rows:
-            num_waves = cdiv(_num_tiles(tile, num_tokens, num_gates), num_programs)
-            room = num_waves * num_programs * tile.block_m * tile.block_n // 2
-            if num_tokens * num_gates >= tile.min_fill * room:
-                return tile
+        num_rounds = cdiv(_num_tiles(tile, num_tokens, num_gates), num_programs)
+        room = num_rounds * num_programs * tile.block_m * tile.block_n // 2
+        if num_tokens <= tile.max_rows and num_tokens * num_gates >= tile.min_fill * room:
+            return tile
     return None
 
 
 def tiles_taken(arch: str, num_gates: int, in_features: int, num_programs: int) -> set[ManyRowTile]:
     """By any number of tokens."""
-    taken = set()
-    for tile in many_row_tiles(arch):
-        for num_down in range(1, MAX_DOWN + 1):  # the last of them is full
-            num_tokens = min(num_down * tile.block_m, tile.max_rows)
-            taken.add(many_row_tile(arch, num_tokens, num_gates, in_features, num_programs))
+    numbers = {
+        min(num_down * tile.block_m, tile.max_rows)  # the last of them is full
+        for tile in many_row_tiles(arch)
+        for num_down in range(1, MAX_DOWN + 1)
+    }
+    taken = {many_row_tile(arch, number, num_gates, in_features, num_programs) for number in numbers}
     return {tile for tile in taken if tile is not None}
 
 
 def _num_tiles(tile: ManyRowTile, num_tokens: int, num_gates: int) -> int:
     return cdiv(num_tokens, tile.block_m) * cdiv(num_gates, tile.block_n // 2)
-
-
-@cache
-def current_programs() -> int:
-    """Multiprocessors of the first GPU."""
-    return torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else NUM_PROGRAMS
-
-
-def is_many_row_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, arch: str | None = None) -> bool:
-    """Is it one that this kernel takes? x: [N, K]; weight: [2 * D, K]. arch: None for that of x."""
-    arch = arch_of(x, arch)
-    if not many_row_tiles(arch) or bias is not None:
-        return False
-    if x.dtype != weight.dtype or x.dtype.itemsize != 2 or not (x.is_contiguous() and weight.is_contiguous()):
-        return False
-    num_gates, in_features = weight.shape[0] // 2, weight.shape[1]
-    return many_row_tile(arch, x.shape[0], num_gates, in_features, current_programs()) is not None
 
 
 @jit(do_not_specialize=("num_tokens",))
@@ -98,17 +89,12 @@ def _many_row_gated_linear_kernel(
         out.store([token, gate], activated(gates, ups))
 
 
-def launch_many_row_gated_linear(
-    x: Tensor, weight: Tensor, *, arch: str | None = None, tile: ManyRowTile | None = None
-) -> Tensor:
+def launch_many_row_gated_linear(x: Tensor, weight: Tensor, tile: ManyRowTile, *, arch: str | None = None) -> Tensor:
     """silu_and_mul(x @ weight.T), rounded alike, in 16 bits. x: [N, K]; weight: [2 * D, K]; returns [N, D].
 
-    D, K: divisible by ALIGNED. arch: None for that of x. tile: instead of the architecture's.
+    D, K: divisible by ALIGNED. arch: None for that of x.
     """
     (num_tokens, in_features), num_gates = x.shape, weight.shape[0] // 2
-    arch, num_programs = arch_of(x, arch), current_programs()
-    tile = tile or many_row_tile(arch, num_tokens, num_gates, in_features, num_programs)
-    assert tile is not None, "no tile fits"
     assert weight.shape == (2 * num_gates, in_features)
     assert x.dtype == weight.dtype
     assert x.dtype.itemsize == 2
@@ -117,12 +103,12 @@ def launch_many_row_gated_linear(
     assert num_gates % ALIGNED == 0
     half = tile.block_n // 2
     out = torch.empty(num_tokens, num_gates, dtype=x.dtype, device=x.device)
-    _many_row_gated_linear_kernel[(min(_num_tiles(tile, num_tokens, num_gates), num_programs),)](
+    _many_row_gated_linear_kernel[(min(_num_tiles(tile, num_tokens, num_gates), num_multiprocessors()),)](
         descriptor(x, [tile.block_m, tile.block_k]),
         descriptor(weight.view(2, num_gates, in_features), [2, half, tile.block_k]),
         descriptor(out, [tile.block_m, half]),
         num_tokens, num_gates, in_features,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP=tile.group,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, **dependent_launch(arch),
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **dependent_launch(arch_of(x, arch)),
     )  # fmt: skip
     return out

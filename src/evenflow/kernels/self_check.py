@@ -21,7 +21,7 @@ from evenflow.kernels.all_reduce import PeerBuffers, launch_reduce_add_rms_norm,
 from evenflow.kernels.attention_plan import DeviceRows, launch_plan_attention, make_plan
 from evenflow.kernels.draw import launch_draw
 from evenflow.kernels.filter import filter_thresholds, launch_filter_thresholds
-from evenflow.kernels.language import current_arch
+from evenflow.kernels.language import ALIGNED, current_arch, num_multiprocessors
 from evenflow.kernels.linear import (
     FEW_ROWS,
     few_row_launch,
@@ -31,7 +31,7 @@ from evenflow.kernels.linear import (
     linear,
 )
 from evenflow.kernels.logprobs import launch_token_logprobs, token_logprobs
-from evenflow.kernels.many_row_linear import ALIGNED, current_programs, launch_many_row_gated_linear, tiles_taken
+from evenflow.kernels.many_row_linear import launch_many_row_gated_linear, tiles_taken
 from evenflow.kernels.masks import apply_masks_, launch_apply_masks_
 from evenflow.kernels.paged_attention import launch_paged_attention, paged_attention
 from evenflow.kernels.penalties import apply_penalties_, launch_apply_penalties_
@@ -166,7 +166,7 @@ def all_checks(shape: CheckedShape, arch: str) -> list[tuple[str, "Check"]]:
         ),
         *(("plan_attention", partial(_check_plan, num_rows=num_rows)) for num_rows in PLANNED_ROWS),
         *(("linear", check) for check in _product_checks(shape, arch)),
-        *(("many_row_linear", check) for check in _many_row_checks(shape, arch, current_programs())),
+        *(("many_row_linear", check) for check in _many_row_checks(shape, arch)),
         ("rms_norm", _check_rms_norm),
         ("silu_and_mul", _check_silu_and_mul),
         ("rotary_and_store", _check_rotary_and_store),
@@ -290,25 +290,21 @@ def _check_product(
 
 
 _INTERPRETED_TILE = ManyRowTile(
-    block_m=16, block_n=32, block_k=64, num_warps=4, num_stages=1, group=2, min_rows=0, max_rows=0, min_fill=0.0
+    block_m=16, block_n=32, block_k=64, num_warps=4, num_stages=1, group=2, max_rows=0, min_fill=0.0
 )
 
 
-def _many_row_checks(shape: CheckedShape, arch: str, num_programs: int) -> Iterator["Check"]:
+def _many_row_checks(shape: CheckedShape, arch: str) -> Iterator["Check"]:
     """Of gated products, by how they are launched."""
     if getattr(torch, shape.dtype).itemsize != 2:
         return
-    seen = set()
     for num_outs, size, is_gated in shape.products:
         num_gates = num_outs // 2
         if not is_gated or size % ALIGNED or num_gates % ALIGNED:
             continue
-        tiles = tiles_taken(arch, num_gates, size, num_programs) if arch else {_INTERPRETED_TILE}
-        for tile in tiles:
-            launched = (size, replace(tile, min_rows=0, max_rows=0, min_fill=0.0))
-            if launched not in seen:
-                seen.add(launched)
-                yield partial(_check_many_rows, size=size, tile=tile)
+        tiles = tiles_taken(arch, num_gates, size, num_multiprocessors()) if arch else {_INTERPRETED_TILE}
+        for tile in {replace(tile, max_rows=0, min_fill=0.0) for tile in tiles}:  # as they are compiled
+            yield partial(_check_many_rows, size=size, tile=tile)
 
 
 def _check_many_rows(inputs: _Inputs, size: int, tile: ManyRowTile) -> Iterator[Comparison]:
@@ -316,7 +312,8 @@ def _check_many_rows(inputs: _Inputs, size: int, tile: ManyRowTile) -> Iterator[
     half = tile.block_n // 2
     x, weight = inputs.normal(tile.block_m + 3, size), inputs.normal(2 * (half + 16), size)
     expected = gated_linear(x.float(), weight.float()).to(x.dtype)
-    yield _floats("many_row_linear", launch_many_row_gated_linear(*inputs.on_device(x, weight), tile=tile), expected)
+    dx, dweight = inputs.on_device(x, weight)
+    yield _floats("many_row_linear", launch_many_row_gated_linear(dx, dweight, tile), expected)
 
 
 def _check_rotary_and_store(inputs: _Inputs) -> Iterator[Comparison]:

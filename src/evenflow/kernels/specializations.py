@@ -208,7 +208,7 @@ def _of_products(model: ModelShape, dtype: torch.dtype, arch: str, name: str) ->
                 yield from record(linear, f"{name}-{what}-{num_rows}", launch)
     x, weight = empty(NUM_TOKENS, model.hidden_size, dtype=dtype), empty(*weights["gate-up"], dtype=dtype)
     for tile in many_row_tiles(arch):
-        many = partial(many_row_linear.launch_many_row_gated_linear, x, weight, arch=arch, tile=tile)
+        many = partial(many_row_linear.launch_many_row_gated_linear, x, weight, tile, arch=arch)
         yield from record(many_row_linear, f"{name}-gate-up-{tile.block_n}-{tile.num_stages}", many)
 
 

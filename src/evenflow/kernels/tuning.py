@@ -65,7 +65,7 @@ class ManyRowTile:
     """Of a gated product of many rows. block_m: rows a tile. block_n: outputs, half of them gates. block_k: elements of
     their rows a step. group: tiles of rows that take turns before the next outputs do.
 
-    It is taken for min_rows to max_rows rows, where what is computed is at least min_fill of the room that its programs
+    It is taken for at most max_rows rows, where what is computed is at least min_fill of the room that its programs
     have in as many rounds as they need.
     """
 
@@ -75,7 +75,6 @@ class ManyRowTile:
     num_warps: int
     num_stages: int
     group: int
-    min_rows: int
     max_rows: int
     min_fill: float
 
@@ -166,10 +165,10 @@ FEW_ROW_TILES: dict[str, dict[int, tuple[FewRowTile, ...]]] = {
 # the library is up to 1.2 times as fast.
 MANY_ROW_TILES: dict[str, tuple[ManyRowTile, ...]] = {
     "sm_90": (
-        ManyRowTile(128, 256, 64, 8, 4, 8, 105, 128, 0.8),
-        ManyRowTile(128, 256, 64, 8, 4, 8, 225, 256, 0.84),
-        ManyRowTile(128, 256, 64, 8, 3, 8, 257, 1 << 30, 0.89),
-        ManyRowTile(128, 128, 64, 4, 5, 8, 257, 1 << 30, 0.905),
+        ManyRowTile(128, 256, 64, 8, 4, 8, 128, 0.8),
+        ManyRowTile(128, 256, 64, 8, 4, 8, 256, 0.84),
+        ManyRowTile(128, 256, 64, 8, 3, 8, 1 << 30, 0.89),
+        ManyRowTile(128, 128, 64, 4, 5, 8, 1 << 30, 0.905),
     ),
     "": (),
 }
