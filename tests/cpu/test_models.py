@@ -77,9 +77,11 @@ def test_logits_equal_transformers(case, chunk):
         torch.testing.assert_close(logits, case.logits(token_ids), rtol=0, atol=TOLERANCE)
 
 
-def test_products_added_to_the_residual_give_the_same_logits(case, monkeypatch):
+@pytest.mark.parametrize("piece_rows", [8192, 10])
+def test_products_added_to_the_residual_give_the_same_logits(case, monkeypatch, piece_rows):
     """As a GPU does it with many tokens: in the first steps here, and no more in the last, which have few."""
     added = []
+    monkeypatch.setattr("evenflow.layers.linear.ADDING_PIECE_ROWS", piece_rows)
     addmm_ = torch.Tensor.addmm_
     monkeypatch.setattr("evenflow.layers.linear.adding_product_rows", lambda arch: 20)
     monkeypatch.setattr(torch.Tensor, "addmm_", lambda *args: added.append(1) or addmm_(*args))

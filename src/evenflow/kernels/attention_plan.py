@@ -44,7 +44,7 @@ class AttentionPlan:
     prompts. partials: [max_partials, H, D] float32, and stats: [max_partials, H, 2] float32, maximum and sum of the
     weights. arrived: [max_partials, Hkv] int32, zeros between launches, how many pieces of the row whose first partial
     it is are written. target_items: pieces aimed at. granule: keys that a piece's length is a multiple of.
-    num_programs: that share the prompts' queries, or the split rows.
+    most_prompt_programs, most_merge_programs: that share the prompts' queries, and the split rows.
     """
 
     items: Tensor
@@ -56,7 +56,8 @@ class AttentionPlan:
     arrived: Tensor
     target_items: int
     granule: int
-    num_programs: int
+    most_prompt_programs: int
+    most_merge_programs: int
 
 
 @dataclass(slots=True)
@@ -96,6 +97,7 @@ def make_plan(
     A device of P multiprocessors gets about num_resident * waves * P / Hkv pieces (tuning.SPLITS), but P / 2 at least,
     each run by Hkv programs: with fewer, of many heads, a long row outlasts the others. There are never more than
     target_items pieces on top of one a row, nor more than twice target_items that belong to rows of several pieces.
+    num_programs: at most so many share the prompts' queries, or the split rows.
     """
     split = split_of(arch or current_arch())
     num_resident = split.num_resident * num_multiprocessors()
@@ -113,7 +115,8 @@ def make_plan(
         arrived=torch.zeros(max_partials, num_kv_heads, dtype=torch.int32, device=device),
         target_items=target_items,
         granule=granule or split.granule,
-        num_programs=num_programs or 2 * num_resident,
+        most_prompt_programs=num_programs or 1 << 30,
+        most_merge_programs=num_programs or 2 * num_resident,
     )
 
 

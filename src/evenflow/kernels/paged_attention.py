@@ -11,9 +11,9 @@ queries of the G heads that share a key head are the rows of one tile, so keys a
 
 Rows of one query (decode) are cut into pieces of like length, which attention_plan.py lists once a step. A row of one
 piece is written at once; several leave float32 sums, which the program that comes last adds up, or, where that was not
-tried, `_merge_pieces_kernel` (tuning.MERGING_DECODE). Rows of more queries (prompts) are cut by query: as many programs
-as the device holds share the blocks, each finding its prompt by binary search. Grids depend on upper bounds only;
-surplus programs of decode rows return at once.
+tried, `_merge_pieces_kernel` (tuning.MERGING_DECODE). Rows of more queries (prompts) are cut by query, and programs
+share the blocks, each finding its prompt by binary search. Grids depend on upper bounds only; surplus programs return
+at once.
 
 Owns the kernels for devices. `attention` is the CPU's own; the reference here is the plain definition, row by row.
 """
@@ -530,7 +530,7 @@ def launch_decode_attention(
     if merges:
         return
     num_splits = min(rows.seq_lens.shape[0], plan.target_items)
-    _merge_pieces_kernel[(min(num_splits * shape.num_heads, plan.num_programs),)](
+    _merge_pieces_kernel[(min(num_splits * shape.num_heads, plan.most_merge_programs),)](
         plan.partials, plan.stats, plan.splits, plan.counts, v_scale, out, **merge_launch(shape, arch).arguments
     )
 
@@ -552,14 +552,21 @@ def launch_prefill_attention(
     """Write out, [T, H, D], for the rows of several queries."""
     shape, plan = _shape_of(q, kv_cache, window, soft_cap, k_scale, v_scale), rows.plan
     launch, num_tokens = prefill_launch(shape, arch, tile), q.shape[0]
-    # A prompt has two queries at least.
-    num_blocks = num_tokens // (launch.constexprs["BLOCK_M"] // shape.group) + min(
-        rows.seq_lens.shape[0], num_tokens // 2
-    )
-    _prefill_attention_kernel[(min(num_blocks * shape.num_kv_heads, plan.num_programs),)](
+    block_q = launch.constexprs["BLOCK_M"] // shape.group
+    num_blocks = num_tokens // block_q + expected_prompts(num_tokens, rows.seq_lens.shape[0])
+    _prefill_attention_kernel[(min(num_blocks * shape.num_kv_heads, plan.most_prompt_programs),)](
         q, kv_cache, out, plan.prompts, plan.counts, rows.block_tables, k_scale, v_scale, scale * LOG2_E, q.stride(0),
         rows.block_tables.stride(0), **launch.arguments,
     )  # fmt: skip
+
+
+def expected_prompts(num_tokens: int, num_rows: int) -> int:
+    """How many prompts a step's programs suffice for at a block each; with more, some programs take several.
+
+    A program for every block is fastest, and one for every row that might be a prompt would mostly be idle, which costs
+    more among many decode rows (measured: docs/log.md).
+    """
+    return min(num_rows, num_tokens // 2, max(num_tokens // 128, 64))  # a prompt has two queries at least
 
 
 def _shape_of(

@@ -176,6 +176,9 @@ MANY_ROW_TILES: dict[str, tuple[ManyRowTile, ...]] = {
 # From how many rows on a product is added to the residual by the library, instead of by the norm that follows. On one
 # H200 a step of 2,048 tokens is 0.2 to 1.7 % shorter, one of 640 rows 1.3 %; with few rows the library is slower so.
 ADDING_PRODUCT_ROWS: dict[str, int] = {"sm_90": 512, "": 1 << 62}
+# Rows of the pieces that such a product is done in, at least: two of 8,192 are faster than 16,384 rows at once, on one
+# H200 at its power limit, for down_proj of Llama 3 8B (docs/log.md).
+ADDING_PIECE_ROWS = 8192
 
 # Warps of a program that searches a row for its threshold: 512 threads, whether a warp has 32 or 64.
 FILTER_WARPS: dict[str, int] = {"gfx9": 8, "": 16}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from evenflow.distributed import TensorParallel
 from evenflow.kernels.language import arch_of
 from evenflow.kernels.linear import linear
-from evenflow.kernels.tuning import adding_product_rows
+from evenflow.kernels.tuning import ADDING_PIECE_ROWS, adding_product_rows
 from evenflow.layers.loading import Placement, Slot
 
 
@@ -67,7 +67,8 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
         is_whole = self.tp.size == 1 and self.bias is None
         if residual is not None and is_whole and x.shape[0] >= adding_product_rows(arch_of(x)):
-            residual.addmm_(x, self.weight.t())
+            for piece, sums in zip(_pieces(x), _pieces(residual), strict=True):
+                sums.addmm_(piece, self.weight.t())
             return None
         return linear(x, self.weight, self.bias if self.tp.rank == 0 else None)
 
@@ -77,3 +78,8 @@ class RowParallelLinear(nn.Module):
         yield f"{self.name}.weight", Slot(self.weight, (out_features, self.full_in_features), index)
         if self.bias is not None:
             yield f"{self.name}.bias", Slot(self.bias, (out_features,))
+
+
+def _pieces(x: Tensor) -> tuple[Tensor, ...]:
+    """Views of like numbers of tokens, of ADDING_PIECE_ROWS or more, or x itself."""
+    return x.tensor_split(max(x.shape[0] // ADDING_PIECE_ROWS, 1))
