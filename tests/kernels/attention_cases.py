@@ -152,6 +152,7 @@ CASES = {
     "decode, one long row": Case(rows=((1, 700), (1, 3)), split=(50, 16)),
     "prompts": Case(rows=((5, 5), (70, 70), (2, 2))),
     "prompts of whole tiles": Case(rows=((64, 64), (32, 96), (128, 128))),
+    "many prompts": Case(rows=((2, 2),) * 70 + ((1, 9), (40, 70)), num_heads=2, num_kv_heads=1, head_dim=16),
     "chunks of prompts": Case(rows=((7, 40), (64, 65), (33, 130))),
     "mixed": Case(rows=((1, 50), (9, 9), (1, 1), (40, 90), (1, 129))),
     "padding rows": Case(rows=((1, 20), (6, 6), (0, 0), (0, 0)), padding=5),

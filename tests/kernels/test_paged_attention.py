@@ -184,24 +184,16 @@ def test_however_many_programs_share_the_prompts(num_programs):
     check(inputs, run(inputs, prefill=Tile(32, 4, 2, 32)))
 
 
-MANY_PROMPTS = Case(rows=((2, 2),) * 70 + ((1, 9), (40, 70)), num_heads=2, num_kv_heads=1, head_dim=16)
-
-
-def test_more_prompts_than_programs_are_launched_for(tmp_path):
-    num_tokens = sum(queries for queries, _ in MANY_PROMPTS.rows)
-    assert expected_prompts(num_tokens, len(MANY_PROMPTS.rows)) < 71
-    inputs = make_inputs(MANY_PROMPTS, torch.float16)
-    check(inputs, run(inputs))
-    code, bug = "num_blocks * H_KV, tl.num_programs(0)", "tl.num_programs(0), tl.num_programs(0)"
-    with planted(module, code, bug, tmp_path) as copy, pytest.raises(AssertionError):
-        check(inputs, copy.launch_paged_attention(*inputs.arguments))
-
-
 def test_decode_rows_bring_few_idle_programs():
     assert expected_prompts(16064, 66) == 66
     assert expected_prompts(16384, 1024) == 128
     assert expected_prompts(2000, 1004) == 64
     assert expected_prompts(100, 64) == 50
+
+
+def test_one_case_has_more_prompts_than_are_expected():
+    rows = CASES["many prompts"].rows
+    assert expected_prompts(sum(queries for queries, _ in rows), len(rows)) < sum(queries > 1 for queries, _ in rows)
 
 
 @pytest.mark.parametrize("num_programs", [1, 3])
@@ -308,6 +300,11 @@ PLANTED = {  # what: (case that sees it, code, code with the bug)
         "= (first_position + BLOCK_Q) //",
     ),
     "queries of another row": ("prompts", "(low - 1) * PROMPT", "tl.maximum(low - 2, 0) * PROMPT"),
+    "a block for each program": (
+        "many prompts",
+        "num_blocks * H_KV, tl.num_programs(0)",
+        "tl.num_programs(0), tl.num_programs(0)",
+    ),
     "no soft cap": ("soft cap", "if SOFT_CAP > 0:", "if SOFT_CAP > 1000:"),
 }
 

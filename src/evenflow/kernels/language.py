@@ -1,7 +1,7 @@
 """Triton where it is installed, and a stand-in where it is not: only the launchers need it, the references do not.
 
-Kernels are written for Triton 3.6 to 3.9: no block pointers, no autotuning, plain pointers and
-masks, or tensor descriptors that the host makes.
+Kernels are written for Triton 3.6 to 3.9: no block pointers, no autotuning, plain pointers and masks, or tensor
+descriptors that the host makes.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 
